@@ -1,0 +1,291 @@
+"""The configuration as frozen dataclasses: every value typed, every range and cross-field rule checked on construction.
+
+`configs/base.py` declares each key with its default and a comment; this module is what the library works with. It
+imports neither JAX nor AQT, so that the exporters and their runtimes stay light.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from picogpt_jax.errors import UserError
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+Granularity = Literal["per_channel", "per_tensor"]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: a GPT-2/nanoGPT pre-LayerNorm decoder (DESIGN section 3)."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    mlp_ratio: int
+    bias: bool
+    activation: Activation
+    layer_norm_epsilon: float
+    dropout: float
+
+    def __post_init__(self) -> None:
+        _check_types(self, "model")
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp_ratio"):
+            _check_range(self, "model", name, 1, 1 << 20)
+        _check(
+            self.n_embd % self.n_head == 0,
+            f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}; change one of them",
+        )
+        _check(
+            0.0 < self.layer_norm_epsilon < 1.0, f"model.layer_norm_epsilon={self.layer_norm_epsilon} is not in (0, 1)"
+        )
+        _check(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} is not in [0, 1)")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_hidden(self) -> int:
+        return self.mlp_ratio * self.n_embd
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """The int8 matrices of the model: nanoGPT's name without `.weight` -> (out, in)."""
+        width, hidden = self.n_embd, self.n_hidden
+        shapes = {"transformer.wte": (self.vocab_size, width), "transformer.wpe": (self.block_size, width)}
+        for layer in range(self.n_layer):
+            block = f"transformer.h.{layer}"
+            shapes[f"{block}.attn.c_attn"] = (3 * width, width)
+            shapes[f"{block}.attn.c_proj"] = (width, width)
+            shapes[f"{block}.mlp.c_fc"] = (hidden, width)
+            shapes[f"{block}.mlp.c_proj"] = (width, hidden)
+        return shapes
+
+    def vector_shapes(self) -> dict[str, tuple[int]]:
+        """The float vectors of the model: LayerNorm weights and, where `bias` is true, every bias."""
+        norms = [f"transformer.h.{layer}.ln_{which}" for layer in range(self.n_layer) for which in (1, 2)]
+        norms.append("transformer.ln_f")
+        shapes: dict[str, tuple[int]] = {f"{name}.weight": (self.n_embd,) for name in norms}
+        if self.bias:
+            shapes |= {f"{name}.bias": (self.n_embd,) for name in norms}
+            embeddings = ("transformer.wte", "transformer.wpe")
+            linear = {name: shape for name, shape in self.matrix_shapes().items() if name not in embeddings}
+            shapes |= {f"{name}.bias": (shape[0],) for name, shape in linear.items()}
+        return shapes
+
+    @property
+    def n_parameters(self) -> int:
+        """All parameters; the head is tied to `wte` and counted once."""
+        shapes = [*self.matrix_shapes().values(), *self.vector_shapes().values()]
+        return sum(math.prod(shape) for shape in shapes)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of one trained token: 6 per matmul weight, and attention's 12 L T C.
+
+        The formula of PaLM (arXiv 2204.02311, appendix B), with the causal half of attention counted in full.
+        """
+        embeddings = self.block_size * self.n_embd  # wpe is looked up; wte counts: the tied head multiplies by it
+        vectors = sum(math.prod(shape) for shape in self.vector_shapes().values())
+        matmul_weights = self.n_parameters - embeddings - vectors
+        return 6.0 * matmul_weights + 12.0 * self.n_layer * self.block_size * self.n_embd
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Quantization-aware training (`picogpt_jax.quantization`)."""
+
+    mode: Literal["int8", "none"]
+    weight_granularity: Granularity
+    activation_bits: int | None
+    backward_bits: int | None
+    start_step: int
+
+    def __post_init__(self) -> None:
+        _check_types(self, "quant")
+        for name in ("activation_bits", "backward_bits"):
+            value = getattr(self, name)
+            _check(value in (8, None), f"quant.{name}={value} is not supported; use 8 or None")
+        _check_range(self, "quant", "start_step", 0, 1 << 40)
+        _check(
+            self.backward_bits is None or self.activation_bits == 8,
+            "quant.backward_bits=8 needs quant.activation_bits=8; set both, or quant.backward_bits=None",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    dir: str
+
+    def __post_init__(self) -> None:
+        _check_types(self, "data")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    seed: int
+    batch_size: int
+    max_iters: int
+    gradient_accumulation_steps: int
+    eval_interval: int
+    eval_iters: int
+    log_interval: int
+    dtype: Literal["float32", "bfloat16", "float16", "auto"]
+
+    def __post_init__(self) -> None:
+        _check_types(self, "train")
+        _check_range(self, "train", "seed", 0, 2**32 - 1)
+        _check_range(self, "train", "max_iters", 0, 1 << 40)
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
+            _check_range(self, "train", name, 1, 1 << 31)
+        _check(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of "
+            f"train.gradient_accumulation_steps={self.gradient_accumulation_steps}; change one of them",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    grad_clip: float
+
+    def __post_init__(self) -> None:
+        _check_types(self, "optimizer")
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0.0, f"optimizer.{name}={value} is not a finite number >= 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0.0 <= value < 1.0, f"optimizer.{name}={value} is not in [0, 1)")
+        _check_range(self, "optimizer", "warmup_iters", 0, 1 << 40)
+        _check_range(self, "optimizer", "lr_decay_iters", 1, 1 << 40)
+        _check(
+            self.min_lr <= self.learning_rate,
+            f"optimizer.min_lr={self.min_lr} is above optimizer.learning_rate={self.learning_rate}",
+        )
+        _check(
+            self.warmup_iters < self.lr_decay_iters,
+            f"optimizer.warmup_iters={self.warmup_iters} must be below optimizer.lr_decay_iters={self.lr_decay_iters}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mesh")
+        sizes = (self.data, self.fsdp, self.tensor)
+        _check(
+            all(size >= 1 or size == -1 for size in sizes), f"mesh sizes {sizes} must be positive, or -1 to infer one"
+        )
+        _check(sizes.count(-1) <= 1, f"mesh sizes {sizes} have more than one -1; only one can be inferred")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    keep: int
+
+    def __post_init__(self) -> None:
+        _check_types(self, "checkpoint")
+        _check_range(self, "checkpoint", "keep", 1, 1 << 20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    tensorboard: bool
+    wandb: bool
+    wandb_project: str
+
+    def __post_init__(self) -> None:
+        _check_types(self, "log")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run. `from_dict` and `to_dict` are exact inverses."""
+
+    model: ModelConfig
+    quant: QuantConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Builds and checks the configuration.
+
+        Args:
+            sections: section -> key -> value, as in `configs/base.py`.
+
+        Raises:
+            UserError: a section or key is missing or unknown, or a value has the wrong type or range.
+        """
+        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        _check_names("config", sections, known)
+        built = {name: section_from_dict(known[name], name, sections[name]) for name in known}
+        return cls(**built)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+
+def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any:
+    """Builds one section's dataclass from a mapping; unknown and missing keys are a `UserError` that names them."""
+    _check(isinstance(values, Mapping), f"{name} must be a mapping of keys to values, found {type(values).__name__}")
+    _check_names(name, values, [field.name for field in dataclasses.fields(section)])
+    return section(**values)
+
+
+def _check_names(where: str, found: Mapping[str, Any], expected: Any) -> None:
+    unknown = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(found))
+    _check(not unknown, f"{where} has unknown keys {unknown}; it knows {sorted(expected)}")
+    _check(not missing, f"{where} lacks the keys {missing}")
+
+
+def _check_range(section: Any, where: str, name: str, low: int, high: int) -> None:
+    value = getattr(section, name)
+    _check(low <= value <= high, f"{where}.{name}={value} is not between {low} and {high}")
+
+
+def _check_types(section: Any, where: str) -> None:
+    """Checks every field against its annotation; an int where a float is meant becomes a float."""
+    hints = typing.get_type_hints(type(section))
+    for name, hint in hints.items():
+        value = getattr(section, name)
+        if hint is float and type(value) is int:
+            _check(abs(value) < 1 << 1000, f"{where}.{name}={str(value)[:20]}... is too large for a float")
+            object.__setattr__(section, name, float(value))
+            continue
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            _check(value in choices, f"{where}.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+            continue
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        _check(
+            type(value) in allowed,
+            f"{where}.{name}={value!r} is a {type(value).__name__}; expected "
+            + " or ".join(kind.__name__ for kind in allowed),
+        )

@@ -1,0 +1,373 @@
+"""The GPT: a GPT-2/nanoGPT pre-LayerNorm decoder in Flax linen, in float, in QAT and in int8, with one code path.
+
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, F hidden width, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from picogpt_jax.config import ModelConfig, QuantConfig
+from picogpt_jax.dropout import DropoutKey, dropout
+from picogpt_jax.quantization import (
+    INT8_COLLECTION,
+    Mode,
+    QuantizedTensor,
+    fake_quantize,
+    int8_dot,
+    quantized_dot_general,
+)
+
+# Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
+LayerCache = tuple[Array, Array, Array]
+
+# GPT-2's initialisation: normal(0.02), and 0.02 / sqrt(2 * n_layer) for the projections into the residual stream.
+INIT_STDDEV = 0.02
+FLOAT32 = jnp.dtype("float32")
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+        layers: for each layer keys and values, [B, H, S, D] in the compute type; what lies beyond `length` is not read.
+        length: int32 scalar, positions filled.
+    """
+
+    layers: tuple[tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]], ...]
+    length: Int[Array, ""]
+
+
+class Dense(nn.Module):
+    """y = x W + b, with W float [in, out] (linen's Dense), quantized on the fly, or int8 [out, in] and nothing else."""
+
+    features: int
+    use_bias: bool
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+    init_stddev: float
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        if self.mode == "serve":
+            y_BTO = int8_dot(x_BTI, stored(self, "kernel"), self.quant.activation_bits)
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), self.axes)
+            kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
+            dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
+            y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+            y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
+        return y_BTO.astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table [rows, C], looked up; as the tied head it also multiplies (`attend`), with the same codes and scales."""
+
+    rows: int
+    width: int
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+    axes: tuple[str, str]
+
+    def setup(self) -> None:
+        self.table: Any
+        if self.mode == "serve":
+            self.table = stored(self, "embedding")
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
+            self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
+            self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
+        if isinstance(self.table, QuantizedTensor):
+            # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
+            # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
+            rows = self.table.dequantize()[ids]
+        elif self.mode == "float":
+            rows = self.table[ids]
+        else:
+            rows = fake_quantize(self.table, self.quant.weight_granularity)[ids]
+        return rows.astype(self.dtype)
+
+    def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
+        if isinstance(self.table, QuantizedTensor):
+            return int8_dot(x_BTC, self.table, self.quant.activation_bits)
+        return matmul(x_BTC, self.table, 1, self.dot_general, self.dtype)
+
+
+def matmul(
+    x: Float[Array, "B T I"],
+    weight: Float[Array, "..."],
+    in_dim: int,
+    dot_general: nn.Module | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "B T O"]:
+    """x times a float weight whose dimension `in_dim` is contracted: through AQT, or plain where there is no module."""
+    dimension_numbers = (((1,), (in_dim,)), ((), ()))
+    # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
+    x_NI = x.reshape(-1, x.shape[-1])
+    if dot_general is None:
+        y_NO = lax.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers)
+    else:
+        y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
+    return y_NO.reshape(*x.shape[:-1], -1)
+
+
+def as_row(vector: Float[Array, " C"], ndim: int) -> Float[Array, "... C"]:
+    """`vector` as [1, ..., 1, C], `ndim` dimensions."""
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def stored(module: nn.Module, name: str) -> QuantizedTensor:
+    """The int8 tensor `name` of a serving module; it must be given to `apply`: there is nothing to make it from."""
+    tensor: Any = module.get_variable(INT8_COLLECTION, name)
+    if tensor is None:
+        raise ValueError(f"{'/'.join(module.path)}/{name} is missing from the collection {INT8_COLLECTION!r}")
+    return tensor
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, in float32; the result in the compute type."""
+
+    epsilon: float
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        replicated = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale: Any = self.param("scale", replicated, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        centred = x - mean
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * (lax.rsqrt(variance + self.epsilon) * as_row(scale, x.ndim))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+            bias: Any = self.param("bias", init, (x.shape[-1],), jnp.float32)
+            y = y + as_row(bias, x.ndim)
+        return y.astype(self.dtype)
+
+
+def attention(
+    q_BHtD: Float[Array, "B H t D"],
+    k_BHTD: Float[Array, "B H T D"],
+    v_BHTD: Float[Array, "B H T D"],
+    past: tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""]] | None,
+    rate: float,
+    key: DropoutKey | None,
+    site: str,
+) -> Float[Array, "B H t D"]:
+    """Causal attention with softmax in float32; the queries are the last t of the T positions.
+
+    Args:
+        past: keys, values and number of the positions before these; read as they are, apart from the new ones, so that
+            the compiler can update the cache in place.
+        rate, key, site: of the dropout on the attention weights.
+    """
+    queries, time, head_size = q_BHtD.shape[2], k_BHTD.shape[2], q_BHtD.shape[3]
+    q_BHtD = q_BHtD * head_size**-0.5
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, k_BHTD).astype(jnp.float32)
+    visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
+        jnp.int32, (queries, time), 0
+    )
+    scores_BHtS = jnp.where(visible_tT[None, None], scores_BHtS, lowest)
+    if past is not None:
+        keys_BHSD, values_BHSD, length = past
+        before_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, keys_BHSD).astype(jnp.float32)
+        before_BHtS = jnp.where(jnp.arange(keys_BHSD.shape[2])[None, None, None] < length, before_BHtS, lowest)
+        scores_BHtS = jnp.concatenate([scores_BHtS, before_BHtS], axis=-1)
+    weights_BHtS = jax.nn.softmax(scores_BHtS, axis=-1).astype(v_BHTD.dtype)
+    weights_BHtS = dropout(weights_BHtS, rate, key, site)
+    y_BHtD = jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., :time], v_BHTD)
+    if past is not None:
+        y_BHtD = y_BHtD + jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., time:], values_BHSD)
+    return y_BHtD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """q, k and v of each head, from one array of width E = 3 C.
+
+    Its gradient is written as one concatenation that is stored: the derivative JAX would make adds three padded arrays,
+    and the compiler would do so inside both products that read them.
+    """
+    batch, time, width = qkv_BTE.shape
+    qkv_3BHTD = qkv_BTE.reshape(batch, time, 3, n_head, width // (3 * n_head)).transpose(2, 0, 3, 1, 4)
+    return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
+
+
+def _merge_gradients(
+    n_head: int, _: None, gradients: tuple[Float[Array, "B H T D"], ...]
+) -> tuple[Float[Array, "B T E"]]:
+    batch, heads, time, head_size = gradients[0].shape
+    flat = [gradient.transpose(0, 2, 1, 3).reshape(batch, time, heads * head_size) for gradient in gradients]
+    return (lax.optimization_barrier(jnp.concatenate(flat, axis=-1)),)
+
+
+split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1.0 + lax.erf(x * 0.5**0.5)),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, q, k and v from one matmul."""
+
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTC: Float[Array, "B T C"],
+        key: DropoutKey | None,
+        cache: LayerCache | None,
+        last_only: bool,
+    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+        config = self.config
+        batch, time, width = x_BTC.shape
+        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
+        c_attn = Dense(3 * width, name="c_attn", init_stddev=INIT_STDDEV, axes=("embed", "qkv"), **dense)
+        q_BHTD, k_BHTD, v_BHTD = split_heads(c_attn(x_BTC), config.n_head)
+        if last_only:
+            q_BHTD, time = q_BHTD[:, :, -1:], 1
+        site = "/".join(self.path)
+        y_BHTD = attention(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+        updated = (k_BHTD, v_BHTD)
+        if cache is not None:
+            keys_BHSD, values_BHSD, length = cache
+            # What is written is made to depend on the result (which is never NaN): the compiler then knows that the old
+            # cache has been read, and writes in place. Without it every cache was copied twice for every token.
+            broken = jnp.isnan(y_BHTD[:, :, -1:])
+            updated = (
+                lax.dynamic_update_slice_in_dim(keys_BHSD, jnp.where(broken, 0.0, k_BHTD), length, 2),
+                lax.dynamic_update_slice_in_dim(values_BHSD, jnp.where(broken, 0.0, v_BHTD), length, 2),
+            )
+        y_BTC = y_BHTD.transpose(0, 2, 1, 3).reshape(batch, time, width)
+        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
+        y_BTC = Dense(width, name="c_proj", init_stddev=stddev, axes=("heads", "embed"), **dense)(y_BTC)
+        return dropout(y_BTC, config.dropout, key, f"{site}/residual"), updated
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
+        config = self.config
+        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
+        h_BTF = Dense(config.n_hidden, name="c_fc", init_stddev=INIT_STDDEV, axes=("embed", "mlp"), **dense)(x_BTC)
+        h_BTF = ACTIVATIONS[config.activation](h_BTF)
+        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
+        y_BTC = Dense(config.n_embd, name="c_proj", init_stddev=stddev, axes=("mlp", "embed"), **dense)(h_BTF)
+        return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTC: Float[Array, "B T C"],
+        key: DropoutKey | None,
+        cache: LayerCache | None,
+        last_only: bool,
+    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+        config = self.config
+        norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
+        parts = (config, self.quant, self.mode, self.dtype)
+        y_BTC, updated = Attention(*parts, name="attn")(LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only)
+        x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
+        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key), updated
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    Attributes:
+        mode: "float", "train" (QAT), "convert" (QAT that keeps the codes) or "serve" (int8 codes given).
+        dtype: the compute type; parameters are float32.
+    """
+
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype = FLOAT32
+
+    def setup(self) -> None:
+        config = self.config
+        parts = (self.quant, self.mode, self.dtype)
+        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, axes=("vocab", "embed"))
+        self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
+        self.h = [Block(config, *parts) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        key: DropoutKey | None = None,
+        cache: KVCache | None = None,
+        keep_cache: bool = False,
+        last_only: bool = False,
+    ) -> Float[Array, "B t V"] | tuple[Float[Array, "B t V"], KVCache]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids; without a cache they are at positions 0.., with one they follow what it holds.
+            keep_cache: without a cache, start one with these tokens.
+            key: dropout's key; None in evaluation.
+            cache: keys and values of earlier positions.
+            last_only: compute the logits of the last position only, [B, 1, V].
+
+        Returns:
+            float32 logits; with a cache also the cache after these tokens. Positions must stay below `block_size`:
+            the caller keeps the count, because `cache.length` is a traced value.
+        """
+        config = self.config
+        time = tokens_BT.shape[1]
+        if time > config.block_size:
+            raise ValueError(f"{time} tokens do not fit into block_size={config.block_size}")
+        first = 0 if cache is None else cache.length
+        x_BTC = self.wte(tokens_BT) + self.wpe(first + jnp.arange(time))[None]
+        x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
+        updates: list[Any] = []
+        for layer, block in enumerate(self.h):
+            past = None if cache is None else (*cache.layers[layer], cache.length)
+            # Of the last layer, only the keys and values of the other positions matter to the last one.
+            x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
+            updates.append(updated)
+        logits_BTV = self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32)
+        if cache is None and not keep_cache:
+            return logits_BTV
+        if cache is None:
+            room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
+            updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
+        return logits_BTV, KVCache(layers=tuple(updates), length=first + jnp.int32(time))

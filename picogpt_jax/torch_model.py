@@ -1,0 +1,393 @@
+"""The int8 model in PyTorch, with the numbers it was trained with (extra: torch).
+
+The weights stay int8 in memory. A matmul quantizes the activations that enter it, one scale per token, multiplies int8
+by int8 with an exact int32 sum, and only then goes back to float32: y = int32 * activation_scale * weight_scale + bias.
+With `activation_bits=None` the activations stay float32.
+
+Two kernels compute that sum, with the same integers: `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product
+instructions but 40 times slower than float on those without, and a float32 product of the codes, converted in each call
+so that the model in memory stays int8. The latter is exact: codes are at most 127 in magnitude, so a sum over 1040
+features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs too) holds each of these.
+
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers; N rows (tokens),
+I input features, O output features of a matmul.
+"""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
+
+from picogpt_jax.config import ModelConfig
+from picogpt_jax.errors import UserError
+from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, Int8Tensor, is_int8_folder, load_int8_model
+from picogpt_jax.torch_checkpoint import is_torch_checkpoint, load_int8_checkpoint
+
+Overflow = Literal["slide", "refill"]
+
+EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def quantize_activations(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale per token: scale = absmax / 127, codes = round_half_to_even(clip(x * (1 / scale), -127, 127)).
+
+    The division is a product with float32(1 / 127), as XLA compiles it, so that the scales agree to the last bit.
+
+    Returns:
+        int8 codes [N, I] and float32 scales [N, 1]; a token of zeros has scale 1 / 127.
+    """
+    absmax_N1 = x_NI.abs().amax(-1, keepdim=True)
+    scale_N1 = torch.where(absmax_N1 < float(SMALLEST_ABSMAX), 1.0, absmax_N1) * (1.0 / MAX_CODE)
+    codes_NI = (x_NI * scale_N1.reciprocal()).clamp_(-MAX_CODE, MAX_CODE).round_()
+    return codes_NI.to(torch.int8), scale_N1
+
+
+def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """x w^T of int8 codes, summed exactly in int32, as float32 [N, O]; by whichever kernel is fast here."""
+    if x_NI.is_cuda:
+        return product_by_int_mm(*_aligned(x_NI, w_OI))[: len(x_NI), : len(w_OI)]
+    if x_NI.device.type == "cpu" and int_mm_is_fast_on_cpu():
+        return product_by_int_mm(x_NI, w_OI)
+    return product_by_float(x_NI, w_OI)
+
+
+def product_by_int_mm(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """`integer_product` by PyTorch's int8 kernel."""
+    return torch._int_mm(x_NI, w_OI.T).float()
+
+
+def product_by_float(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """`integer_product` by float32 products of as many features as sum up exactly."""
+    features = x_NI.shape[1]
+    if features <= EXACT_FEATURES:
+        return x_NI.float() @ w_OI.float().T
+    starts = range(0, features, EXACT_FEATURES)
+    parts = (x_NI[:, i : i + EXACT_FEATURES].float() @ w_OI[:, i : i + EXACT_FEATURES].float().T for i in starts)
+    total = torch.zeros(len(x_NI), len(w_OI), dtype=torch.int32, device=x_NI.device)
+    for part in parts:
+        total += part.int()
+    return total.float()
+
+
+def _aligned(x_NI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Pads with zeros to what `torch._int_mm` asks for on CUDA: more than 16 rows, the other sizes multiples of 8."""
+    features = -x_NI.shape[1] % 8
+    x_rows, w_rows = max(17 - len(x_NI), 0), -len(w_OI) % 8
+    return F.pad(x_NI, (0, features, 0, x_rows)), F.pad(w_OI, (0, features, 0, w_rows))
+
+
+@functools.cache
+def int_mm_is_fast_on_cpu() -> bool:
+    """Times both kernels once, in milliseconds: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
+
+    Only the speed depends on the answer, since both give the same integers.
+    """
+    x, w = torch.ones(64, 256, dtype=torch.int8), torch.ones(256, 256, dtype=torch.int8)
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        product(x, w)  # the first call sets the kernel up
+        start = time.perf_counter()
+        product(x, w)
+        return time.perf_counter() - start
+
+    return seconds(product_by_int_mm) < seconds(product_by_float)
+
+
+class Int8Matrix(nn.Module):
+    """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head)."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None) -> None:
+        super().__init__()
+        self.activation_bits = activation_bits
+        self.register_buffer("codes", torch.tensor(tensor.codes))
+        self.register_buffer("scale", torch.tensor(tensor.scale[:, 0]))  # [rows], or [1] for one in all
+        self.register_buffer("bias", None if bias is None else torch.tensor(bias))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """float32 [..., cols]: the rows `ids`, dequantized."""
+        scale = self.scale if len(self.scale) == 1 else self.scale[ids][..., None]
+        return self.codes[ids].float() * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., cols] -> float32 [..., rows]."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        if self.activation_bits is None:
+            y_NO = (x_NI @ self.codes.float().T) * self.scale
+        else:
+            codes_NI, scale_N1 = quantize_activations(x_NI)
+            y_NO = integer_product(codes_NI, self.codes) * scale_N1 * self.scale
+        if self.bias is not None:
+            y_NO = y_NO + self.bias
+        return y_NO.view(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, in float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.register_buffer("weight", torch.tensor(weight))
+        self.register_buffer("bias", None if bias is None else torch.tensor(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class KVCache:
+    """Keys and values [L, B, H, block_size, D] of the first `length` positions."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.head_size)
+        self.keys, self.values = torch.zeros(2, *shape, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's next positions, returns all so far; the model moves `length` on after the last layer."""
+        end = self.length + k_BHTD.shape[2]
+        self.keys[layer, :, :, self.length : end] = k_BHTD
+        self.values[layer, :, :, self.length : end] = v_BHTD
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block."""
+
+    def __init__(self, model: Int8Model, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, model.model.n_head
+        self.activation = ACTIVATIONS[model.model.activation]
+        name = f"transformer.h.{layer}"
+        self.ln_1, self.ln_2 = layer_norm(model, f"{name}.ln_1"), layer_norm(model, f"{name}.ln_2")
+        self.c_attn, self.attn_proj = matrix(model, f"{name}.attn.c_attn"), matrix(model, f"{name}.attn.c_proj")
+        self.c_fc, self.mlp_proj = matrix(model, f"{name}.mlp.c_fc"), matrix(model, f"{name}.mlp.c_proj")
+
+    def forward(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
+        x_BTC = x_BTC + self.attend(self.ln_1(x_BTC), cache)
+        return x_BTC + self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC))))
+
+    def attend(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
+        """Causal self-attention; the queries are the last T of the S positions seen so far."""
+        batch, queries, width = x_BTC.shape
+        qkv_BT3HD = self.c_attn(x_BTC).view(batch, queries, 3, self.n_head, -1)
+        q_BHTD, k_BHSD, v_BHSD = qkv_BT3HD.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.extend(self.layer, k_BHSD, v_BHSD)
+        keys = k_BHSD.shape[2]
+        visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
+        if 1 < queries < keys:
+            visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=x_BTC.device).tril(keys - queries)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
+        return self.attn_proj(y_BHTD.transpose(1, 2).reshape(batch, queries, width))
+
+
+def matrix(model: Int8Model, name: str) -> Int8Matrix:
+    """The matrix `name` (without `.weight`) with its bias, if it has one."""
+    return Int8Matrix(model.matrices[name], model.vectors.get(f"{name}.bias"), model.quantization.activation_bits)
+
+
+def layer_norm(model: Int8Model, name: str) -> LayerNorm:
+    """The LayerNorm `name`."""
+    weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
+    return LayerNorm(weight, bias, model.model.layer_norm_epsilon)
+
+
+class Int8GPT(nn.Module):
+    """The int8 model; it has buffers only, no parameters: nothing here is trained.
+
+    Attributes:
+        config: the architecture.
+    """
+
+    def __init__(self, model: Int8Model) -> None:
+        super().__init__()
+        self.config = model.model
+        self.wte, self.wpe = matrix(model, "transformer.wte"), matrix(model, "transformer.wpe")
+        self.h = nn.ModuleList([Block(model, layer) for layer in range(self.config.n_layer)])
+        self.ln_f = layer_norm(model, "transformer.ln_f")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Int8GPT":
+        """Reads an int8 folder, or an int8 `.pt` that `convert.py` wrote.
+
+        Raises:
+            UserError: `path` is neither, or is damaged.
+        """
+        if is_int8_folder(path):
+            return cls(load_int8_model(path))
+        if is_torch_checkpoint(path):
+            return cls(load_int8_checkpoint(path))
+        raise UserError(
+            f"{path} is neither an int8 folder nor an int8 .pt file; convert the model with scripts/convert.py"
+        )
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids, int64; at positions 0.., or following what the cache holds, which they then extend.
+            cache: keys and values of earlier positions.
+            last_only: compute the logits of the last position only.
+
+        Returns:
+            float32 logits [B, T, V], or [B, 1, V].
+
+        Raises:
+            ValueError: the positions do not fit into `block_size`.
+        """
+        first = 0 if cache is None else cache.length
+        end = first + tokens_BT.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
+        x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device))
+        for block in self.h:
+            x_BTC = block(x_BTC, cache)
+        if cache is not None:
+            cache.length = end
+        return self.wte(self.ln_f(x_BTC[:, -1:] if last_only else x_BTC))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens_BT: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        overflow: Overflow = "slide",
+        callback: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
+
+        Args:
+            tokens_BT: the prompts, int64, at least one token each.
+            max_new_tokens: how many tokens to append.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens; None or 0 from all.
+            seed: of the draws; the same seed gives the same tokens, on every device whose logits agree.
+            overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens
+                for every token (nanoGPT's way, exact); "refill" goes on with a cache of the last `block_size // 2`
+                tokens, the newest included, which is far faster.
+            callback: called with the new tokens, int64 [B], as soon as they are drawn.
+
+        Returns:
+            int64 [B, T + max_new_tokens]: the prompts and what follows.
+
+        Raises:
+            UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
+        """
+        _check_generation(max_new_tokens, temperature, top_k, seed, overflow)
+        device = self.wte.codes.device
+        tokens_BT = _checked_tokens(tokens_BT, self.config.vocab_size, "the prompt").to(device)
+        generator = torch.Generator().manual_seed(seed)
+        block_size = self.config.block_size
+        cache = KVCache(self.config, len(tokens_BT), device)
+        unseen_BT = tokens_BT[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if cache.length + unseen_BT.shape[1] <= block_size:
+                logits_B1V = self(unseen_BT, cache, last_only=True)
+            elif overflow == "slide":
+                logits_B1V = self(tokens_BT[:, -block_size:], last_only=True)
+            else:
+                cache.length = 0
+                logits_B1V = self(tokens_BT[:, -max(block_size // 2, 1) :], cache, last_only=True)
+            unseen_BT = sample(logits_B1V[:, 0], temperature, top_k, generator)
+            tokens_BT = torch.cat((tokens_BT, unseen_BT), dim=1)
+            if callback is not None:
+                callback(unseen_BT[:, 0].cpu())
+        return tokens_BT
+
+    @torch.no_grad()
+    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
+        """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
+
+        Args:
+            tokens: token ids, integers [N].
+            block_size: window length; the last window is shorter where N - 1 is no multiple of it.
+            batch_size: windows computed at a time.
+
+        Raises:
+            UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
+        """
+        data = np.asarray(tokens)
+        if data.ndim != 1 or len(data) < 2 or data.dtype.kind not in "iu":
+            raise UserError(f"found {data.dtype} {list(data.shape)}; expected at least two token ids in a row")
+        if not 1 <= block_size <= self.config.block_size:
+            raise UserError(f"windows of {block_size} tokens; the model takes 1 to {self.config.block_size}")
+        total, n_targets = 0.0, len(data) - 1
+        n_whole = n_targets - n_targets % block_size
+        for start in range(0, n_whole, batch_size * block_size):
+            end = min(start + batch_size * block_size, n_whole)
+            total += self._loss_sum(data[start : end + 1], block_size)
+        if n_whole < n_targets:
+            total += self._loss_sum(data[n_whole:], n_targets - n_whole)
+        return total / n_targets
+
+    def _loss_sum(self, data: np.ndarray, window: int) -> float:
+        """Sum of the losses of data[1:] in windows; float32 each, added in float64."""
+        ids = _checked_tokens(torch.from_numpy(data.astype(np.int64)), self.config.vocab_size, "the data")
+        ids = ids.to(self.wte.codes.device)
+        logits_BTV = self(ids[:-1].view(-1, window))
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), ids[1:], reduction="none")
+        return losses.sum(dtype=torch.float64).item()
+
+
+def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Draws one token per row, int64 [B, 1]; on the CPU, so that a seed means the same everywhere."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    vocab_size = logits_BV.shape[-1]
+    values_BK, ids_BK = logits_BV.double().cpu().topk(min(top_k or vocab_size, vocab_size))
+    probabilities_BK = ((values_BK - values_BK[:, :1]) / temperature).softmax(
+        -1
+    )  # the shift keeps this from overflowing
+    return ids_BK.gather(1, probabilities_BK.multinomial(1, generator=generator)).to(logits_BV.device)
+
+
+def _check_generation(max_new_tokens: int, temperature: float, top_k: int | None, seed: int, overflow: str) -> None:
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens} is negative")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature={temperature} is not a finite number >= 0")
+    if top_k is not None and top_k < 0:
+        raise UserError(f"top_k={top_k} is negative; 0 draws from all tokens")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} is not in [0, 2**63)")
+    if overflow not in ("slide", "refill"):
+        raise UserError(f"overflow={overflow!r} is not one of 'slide', 'refill'")
+
+
+def _checked_tokens(ids: Tensor, vocab_size: int, source: str) -> Tensor:
+    if ids.numel() == 0:
+        raise UserError(f"{source} has no tokens; at least one is needed")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{source} holds the token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
+        )
+    return ids

@@ -1,0 +1,66 @@
+"""Measures the speed on this machine, ours beside PyTorch's: `python scripts/benchmark.py train|decode [--json=FILE]`.
+
+train: the default model, QAT and float. decode: int8 text generation. Run it on an otherwise idle machine.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from picogpt_jax import cli
+from picogpt_jax.config import Config
+from picogpt_jax.devices import set_up_jax
+from picogpt_jax.errors import UserError
+from picogpt_jax.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ import configs.base
+VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
+
+WHAT = flags.DEFINE_enum("what", None, ["train", "decode"], "What to measure; also the first argument.")
+JSON = flags.DEFINE_string("json", None, "File for the machine, versions, figures and ratios.")
+DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where to run.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", str(ROOT / "configs" / "base.py"), "Configuration of the model and its training.", lock_config=True
+)
+MODEL = flags.DEFINE_string("model", None, "decode: an int8 folder. Default: random weights, of the size in --config.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 2000, "decode: tokens for each stream, refill.", lower_bound=1)
+SLIDE_TOKENS = flags.DEFINE_integer("slide_tokens", 500, "decode: tokens of the stream, slide.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "How often everything is measured, in turn.", lower_bound=1)
+TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
+
+
+def main() -> None:
+    if WHAT.value is None:
+        raise UserError("say what to measure: python scripts/benchmark.py train, or decode")
+    if MODEL.value is not None and WHAT.value != "decode":
+        raise UserError("--model is for decode only; train has random weights of the size in --config: leave it out")
+    set_up_jax(DEVICE.value)
+    sections = cli.config_sections(CONFIG)
+    if sections["model"]["vocab_size"] is None:
+        sections["model"]["vocab_size"] = VOCAB_SIZE
+    report = measure(Config.from_dict(sections))
+    from picogpt_jax.benchmark import format_report
+
+    print(format_report(report))
+    if JSON.value is not None:
+        write_json(JSON.value, report)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    from picogpt_jax import benchmark  # after set_up_jax
+    from picogpt_jax.int8_model import load_int8_model
+
+    if WHAT.value == "train":
+        return benchmark.benchmark_training(config, ROUNDS.value, TORCH.value)
+    model = benchmark.random_int8_model(config.model) if MODEL.value is None else load_int8_model(MODEL.value)
+    return benchmark.benchmark_decoding(model, NEW_TOKENS.value, SLIDE_TOKENS.value, ROUNDS.value, TORCH.value)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--what={sys.argv[1]}"
+    cli.run(main)

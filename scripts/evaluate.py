@@ -1,0 +1,95 @@
+"""The loss of a model: `python scripts/evaluate.py --model=runs/debug/int8 --data=data/stdlib_char`."""
+
+from absl import flags
+
+from picogpt_jax import cli, sources
+from picogpt_jax.data import Tokens
+from picogpt_jax.errors import UserError
+from picogpt_jax.files import write_json
+from picogpt_jax.vocabulary import Vocabulary
+
+MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, or a PyTorch .pt file.")
+DATA = flags.DEFINE_string("data", None, "Folder with train.bin, val.bin and meta.json.")
+RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which part of the text.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to evaluate. Default: all.", lower_bound=1)
+FORWARD = flags.DEFINE_enum(
+    "forward",
+    "trained",
+    ["trained", "float"],
+    "Of a workdir: the forward pass it was trained with (quantized, after QAT), or its plain float parameters.",
+)
+JSON = flags.DEFINE_string("json", None, "File for the result.")
+DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
+
+BATCH_SIZE = 32  # windows computed at once
+
+
+def main() -> None:
+    if MODEL.value is None or DATA.value is None:
+        raise UserError("--model and --data are needed, e.g. --model=runs/debug/int8 --data=data/stdlib_char")
+    kind = sources.recognise(MODEL.value)
+    is_int8 = kind in ("int8", "torch-int8")
+    if is_int8 and FORWARD.value == "float":
+        raise UserError(
+            f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
+        )
+    if RUNTIME.value == "torch":
+        loss, tokens = evaluate_torch()
+    else:
+        loss, tokens = evaluate_jax(is_int8)
+    bits = loss / 0.6931471805599453
+    result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
+    if JSON.value:
+        write_json(JSON.value, result)
+    print(f"loss {loss:.6f} nats, {bits:.4f} bits per character, {tokens:,} tokens ({kind}, {RUNTIME.value})")
+
+
+def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
+    """The tokens to evaluate, after checking that they are of the model's vocabulary."""
+    if Vocabulary.from_data_dir(DATA.value) != vocabulary:
+        raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
+    tokens = Tokens.open(DATA.value, SPLIT.value, block_size, vocabulary.size)
+    if MAX_TOKENS.value is not None:
+        tokens = Tokens(ids=tokens.ids[: MAX_TOKENS.value + 1], path=tokens.path)
+    return tokens
+
+
+def evaluate_torch() -> tuple[float, int]:
+    from picogpt_jax.torch_model import Int8GPT
+
+    model = sources.load_int8(MODEL.value)
+    tokens = open_tokens(model.model.block_size, model.vocabulary)
+    return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
+
+
+def evaluate_jax(is_int8: bool) -> tuple[float, int]:
+    from picogpt_jax.devices import set_up_jax
+
+    set_up_jax(DEVICE.value, cpu_devices=1)
+    import jax
+
+    from picogpt_jax import convert
+    from picogpt_jax.config import MeshConfig
+    from picogpt_jax.evaluate import Evaluator
+    from picogpt_jax.model import GPT
+    from picogpt_jax.sharding import make_mesh
+
+    if is_int8:
+        model = sources.load_int8(MODEL.value)
+        config, vocabulary = model.model, model.vocabulary
+        network, variables = GPT(config, convert.serving_quant(model), "serve"), convert.serving_variables(model)
+    else:
+        source = sources.load_float(MODEL.value)
+        config, vocabulary = source.config, source.vocabulary
+        quantized = source.qat and FORWARD.value == "trained"
+        quant = source.run.quant if source.run else convert.FLOAT
+        network, variables = GPT(config, quant, "train" if quantized else "float"), {"params": source.params}
+    tokens = open_tokens(config.block_size, vocabulary)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
+    evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)
+    return evaluator.loss(variables, tokens.ids), len(tokens) - 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,55 @@
+"""Makes a training's int8 model: `python scripts/quantize.py --workdir=runs/debug --output=runs/debug/int8`."""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from picogpt_jax import cli
+from picogpt_jax.devices import set_up_jax
+from picogpt_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of scripts/train.py (its best checkpoint), or a float ckpt.pt.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the int8 model.")
+GRANULARITY = flags.DEFINE_enum(
+    "weight_granularity", None, ["per_channel", "per_tensor"], "Scales of the weights. Default: as trained."
+)
+DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Where to compute.")
+
+
+def main() -> None:
+    if WORKDIR.value is None or OUTPUT.value is None:
+        raise UserError("--workdir and --output are needed, e.g. --workdir=runs/debug --output=runs/debug/int8")
+    from picogpt_jax.int8_model import file_bytes, is_int8_folder, save_int8_model, size_report
+
+    output = Path(OUTPUT.value)
+    if output.is_dir() and any(output.iterdir()) and not is_int8_folder(output):
+        raise UserError(f"--output={output} is a folder of other files, which it would replace; name a new one")
+    set_up_jax(DEVICE.value, cpu_devices=1)
+    from picogpt_jax import convert, sources
+
+    source = sources.load_float(WORKDIR.value)
+    quant = source.run.quant if source.run else convert.FLOAT
+    if GRANULARITY.value:
+        quant = dataclasses.replace(quant, weight_granularity=GRANULARITY.value)
+    training = {
+        "step": source.step,
+        "val_loss": source.val_loss,
+        "dataset": Path(source.run.data.dir).name if source.run else Path(WORKDIR.value).name,
+        "quantization_aware": source.qat,
+    }
+    model = convert.int8_model(source.config, quant, source.params, source.vocabulary, training)
+    save_int8_model(model, OUTPUT.value)
+
+    print(convert.report_table(convert.report(source.params, model)))
+    how = "trained with quantization (QAT)" if source.qat else "trained in float: post-training quantization"
+    size, written = size_report(model), file_bytes(OUTPUT.value)
+    print(f"{how}; weights {quant.weight_granularity}, activation_bits {quant.activation_bits}, step {source.step:,}")
+    print(
+        f"wrote {OUTPUT.value}: {written:,} bytes, {size.float32_bytes / written:.2f}x smaller than "
+        f"{size.float32_bytes:,} of float32; {100 * size.int8_share:.2f}% of the parameters are int8"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,151 @@
+"""Prints text from a model: `python scripts/sample.py --model=runs/shakespeare/int8 --start="ROMEO:"`."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from absl import flags
+
+from picogpt_jax import cli, sources
+from picogpt_jax.errors import UserError
+from picogpt_jax.vocabulary import Vocabulary
+
+MODEL = flags.DEFINE_string("model", None, "A workdir (float), an int8 folder, or a PyTorch .pt file.")
+RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "0 takes the likeliest token; 1 draws as trained.", lower_bound=0.0
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: among all.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 1337, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
+OVERFLOW = flags.DEFINE_enum(
+    "overflow",
+    "slide",
+    ["slide", "refill"],
+    "Past block_size: slide the window (exact, slow) or refill the cache (fast).",
+)
+SHOW_STATS = flags.DEFINE_bool("show_stats", False, "Print size and speed after the text.")
+DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
+
+# prompt [B, T], called with each new piece [B, n] -> [B, T + max_new_tokens]
+Generate = Callable[[npt.NDArray[np.int64], Callable[[npt.NDArray[np.integer]], None]], npt.NDArray[np.integer]]
+
+
+def main() -> None:
+    began = time.perf_counter()
+    if MODEL.value is None:
+        raise UserError("--model is needed: a workdir, an int8 folder or a PyTorch .pt file")
+    kind = sources.recognise(MODEL.value)
+    load = load_torch if RUNTIME.value == "torch" else load_jax
+    generate, vocabulary, size = load(kind)
+    prompt = vocabulary.encode(start_text(vocabulary), "--start").astype(np.int64)
+    prompt_BT = np.tile(prompt, (NUM_SAMPLES.value, 1))
+
+    shown = prompt.tolist() if NUM_SAMPLES.value == 1 else None
+    arrivals: list[float] = []
+    if shown:
+        print(vocabulary.decode(shown), end="", flush=True)
+
+    def show(piece_BN: npt.NDArray[np.integer]) -> None:
+        arrivals.append(time.perf_counter())
+        if shown:
+            print(vocabulary.decode(piece_BN[0]), end="", flush=True)
+
+    loaded = time.perf_counter()
+    text_BT = generate(prompt_BT, show)
+    seconds = time.perf_counter() - loaded
+    if shown:
+        print()
+    else:
+        for index, row in enumerate(text_BT):
+            print(f"--- sample {index + 1}\n{vocabulary.decode(row)}")
+    if SHOW_STATS.value:
+        drawn = NUM_SAMPLES.value * MAX_NEW_TOKENS.value
+        first = f", first tokens {arrivals[0] - began:.2f} s after the start" if arrivals else ""
+        print(f"--- {size}", file=sys.stderr)
+        print(f"--- {drawn / seconds:,.0f} tokens/s with compilation{first}", file=sys.stderr)
+
+
+def start_text(vocabulary: Vocabulary) -> str:
+    """The prompt; by default a line break, or the first character where the vocabulary has none."""
+    if START.value is None:
+        return "\n" if "\n" in vocabulary.itos else vocabulary.itos[0]
+    if START.value.startswith("FILE:"):
+        path = Path(START.value.removeprefix("FILE:"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--start: cannot read {path}: {error}") from None
+    else:
+        text = START.value
+    if not text:
+        raise UserError("--start is empty; give at least one character")
+    return text
+
+
+def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    from picogpt_jax.devices import set_up_jax
+
+    set_up_jax(DEVICE.value)
+    from picogpt_jax.generate import Generator
+
+    if kind in ("int8", "torch-int8"):
+        model = sources.load_int8(MODEL.value)
+        generator, vocabulary, size = Generator.from_int8(model), model.vocabulary, describe_int8(model)
+    else:
+        source = sources.load_float(MODEL.value)
+        generator, vocabulary = Generator.from_params(source.config, source.params), source.vocabulary
+        count = source.config.n_parameters
+        size = f"{count:,} parameters, 0% int8, {4 * count:,} bytes of float32"
+    options: dict[str, Any] = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value or None, "seed": SEED.value}
+
+    def generate(
+        prompt_BT: npt.NDArray[np.int64], stream: Callable[[npt.NDArray[np.integer]], None]
+    ) -> npt.NDArray[np.integer]:
+        return generator.generate(prompt_BT, MAX_NEW_TOKENS.value, overflow=OVERFLOW.value, stream=stream, **options)
+
+    return generate, vocabulary, size
+
+
+def load_torch(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    import torch
+
+    from picogpt_jax.torch_model import Int8GPT
+
+    model = sources.load_int8(MODEL.value)
+    network = Int8GPT(model)
+
+    def generate(
+        prompt_BT: npt.NDArray[np.int64], stream: Callable[[npt.NDArray[np.integer]], None]
+    ) -> npt.NDArray[np.integer]:
+        return network.generate(
+            torch.from_numpy(prompt_BT),
+            MAX_NEW_TOKENS.value,
+            temperature=TEMPERATURE.value,
+            top_k=TOP_K.value or None,
+            seed=SEED.value,
+            overflow=OVERFLOW.value,
+            callback=lambda token_B: stream(token_B.numpy()[:, None]),
+        ).numpy()
+
+    return generate, model.vocabulary, describe_int8(model)
+
+
+def describe_int8(model: Any) -> str:
+    from picogpt_jax.int8_model import size_report
+
+    size = size_report(model)
+    return (
+        f"{model.model.n_parameters:,} parameters, {100 * size.int8_share:.2f}% int8, {size.total_bytes:,} bytes "
+        f"({size.float32_bytes / size.total_bytes:.2f}x smaller than float32)"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

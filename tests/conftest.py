@@ -1,0 +1,51 @@
+"""What every test shares: four CPU devices, strict JAX, and ways to the data and the scripts."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+THREADS = str(min(4, os.cpu_count() or 1))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # sharding is exercised on every machine, and scripts under test inherit it
+os.environ.setdefault("NPROC", THREADS)  # XLA's thread pool
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # PyTorch's and NumPy's
+
+import jax  # after the environment, which it reads when it is imported
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
+
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def shakespeare_text() -> str:
+    """Tiny Shakespeare, 1,115,394 characters; the test is skipped where the file is missing."""
+    if not SHAKESPEARE.is_file():
+        pytest.skip(f"{SHAKESPEARE} is missing: put tiny Shakespeare's input.txt there to run this test")
+    return SHAKESPEARE.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> RunScript:
+    """`run_script("scripts/train.py", "--flag=1", timeout=60)` runs in `tmp_path`; the output is captured."""
+
+    def run(script: str, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+        search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": search_path},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,213 @@
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from picogpt_jax.checkpoint import Checkpoints, abstract
+from picogpt_jax.config import MeshConfig
+from picogpt_jax.errors import UserError
+from picogpt_jax.sharding import make_mesh, replicated
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+MESH = make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), batch_size=4)
+SHARDINGS = {"kernel": NamedSharding(MESH, PartitionSpec("data")), "step": replicated(MESH)}
+
+
+@pytest.fixture(autouse=True)
+def collect_unfinished_reads() -> Iterator[None]:
+    """Orbax leaves an unfinished coroutine behind a read that fails; its warning belongs to the test that caused it."""
+    yield
+    gc.collect()
+
+
+def state(step: int) -> dict[str, jax.Array]:
+    """1,000 random numbers, too many to be compressed away, and a count."""
+    kernel = np.random.default_rng(step).normal(size=(8, 125)).astype(np.float32)
+    return jax.device_put({"kernel": kernel, "step": np.int32(step)}, SHARDINGS)
+
+
+ABSTRACT = abstract(state(0), SHARDINGS)
+
+
+def save(workdir: Path, val_losses: dict[int, float | None], keep: int = 100) -> None:
+    with Checkpoints(workdir, keep) as checkpoints:
+        for step, val_loss in val_losses.items():
+            checkpoints.save(step, state(step), {"best_val_loss": val_loss, "note": f"é{step}"}, val_loss)
+
+
+def test_what_is_restored_is_what_was_saved_where_it_was(tmp_path: Path) -> None:
+    save(tmp_path, {3: 1.5})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(ABSTRACT, 3)
+        assert restored.step == 3
+        assert restored.meta == {"best_val_loss": 1.5, "note": "é3"} == checkpoints.meta(3)
+    for name, array in state(3).items():
+        np.testing.assert_array_equal(restored.state[name], array)
+        assert restored.state[name].dtype == array.dtype
+        assert restored.state[name].sharding == SHARDINGS[name]
+    assert {shard.data.shape for shard in restored.state["kernel"].addressable_shards} == {(2, 125)}
+
+
+def test_a_checkpoint_fits_another_number_of_devices(tmp_path: Path) -> None:
+    save(tmp_path, {3: 1.5})
+    alone = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), 1, jax.devices()[:1])
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract(state(0), jax.tree.map(lambda _: replicated(alone), SHARDINGS)), 3)
+    np.testing.assert_array_equal(restored.state["kernel"], state(3)["kernel"])
+    assert restored.state["kernel"].sharding == replicated(alone)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 2.2}, keep=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [2, 5, 6]
+        assert checkpoints.best_step() == 2
+
+
+def test_without_a_validation_the_newest_is_the_best(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.best_step() is None
+        assert checkpoints.restore_latest(ABSTRACT) is None
+    save(tmp_path, {4: None, 7: None})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == 7
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state(1), {}, 1.0)
+        checkpoints.save(1, state(2), {}, None)
+    with Checkpoints(tmp_path) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(ABSTRACT, 1).state["kernel"], state(1)["kernel"])
+        assert checkpoints.best_step() == 1
+
+
+def test_an_older_step_can_be_saved_again_after_the_newer_ones_were_damaged(tmp_path: Path, caplog: Any) -> None:
+    save(tmp_path, {1: 3.0, 2: 2.0, 3: 1.0})
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
+    with Checkpoints(tmp_path, keep=5) as checkpoints:
+        restored = checkpoints.restore_latest(ABSTRACT)
+        assert restored is not None
+        assert restored.step == 1
+        checkpoints.save(2, state(20), {}, 5.0)
+    assert caplog.text.count("trying the one before it") == 2
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1, 2]
+        assert checkpoints.best_step() == 1, "the loss of the damaged one is forgotten"
+        np.testing.assert_array_equal(checkpoints.restore(ABSTRACT, 2).state["kernel"], state(20)["kernel"])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def largest(folder: Path) -> Path:
+    return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "every file is empty": lambda folder: [os.truncate(path, 0) for path in files(folder)],
+    "every file is cut": lambda folder: [truncate(path) for path in files(folder)],
+    "the arrays are cut": lambda folder: truncate(largest(folder / "state" / "d")),
+    "a bit of the arrays is flipped": lambda folder: flip(largest(folder / "state" / "d")),
+    "the state is missing": lambda folder: shutil.rmtree(folder / "state"),
+    "the meta data are missing": lambda folder: shutil.rmtree(folder / "meta"),
+    "the meta data are cut": lambda folder: [truncate(path) for path in files(folder / "meta")],
+    "the validation loss is a list": lambda folder: (folder / "metrics" / "metrics").write_text("[1]"),
+    "the validation loss is cut": lambda folder: [truncate(path) for path in files(folder / "metrics")],
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("two")
+    save(workdir, {1: 2.0, 2: 1.0})
+    return workdir
+
+
+@pytest.fixture
+def workdir(two_checkpoints: Path, tmp_path: Path) -> Iterator[Path]:
+    return shutil.copytree(two_checkpoints, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(
+    workdir: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = workdir / "checkpoints" / "2"
+    DAMAGES[damage](newest)
+    with Checkpoints(workdir, keep=5) as checkpoints:
+        restored = checkpoints.restore_latest(ABSTRACT)
+        assert restored is not None
+        assert restored.step == 1
+        assert checkpoints.steps == [1], "the damaged one is gone"
+    np.testing.assert_array_equal(restored.state["kernel"], state(1)["kernel"])
+    assert f"checkpoint {newest} is damaged" in caplog.text
+    assert "trying the one before it" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["every file is cut", "the arrays are cut", "the validation loss is cut"])
+def test_nothing_is_removed_where_no_checkpoint_can_be_read(workdir: Path, damage: str) -> None:
+    folders = [workdir / "checkpoints" / step for step in ("1", "2")]
+    for folder in folders:
+        DAMAGES[damage](folder)
+    before = files(workdir)
+    message = r"checkpoint .*checkpoints/[12] is damaged"
+    with pytest.raises(UserError, match=message), Checkpoints(workdir, keep=5) as checkpoints:
+        checkpoints.restore_latest(ABSTRACT)
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize("damage", ["every file is cut", "the state is missing", "the validation loss is cut"])
+def test_a_reader_names_the_damaged_checkpoint_and_leaves_it(workdir: Path, damage: str) -> None:
+    newest = workdir / "checkpoints" / "2"
+    DAMAGES[damage](newest)
+    before = files(workdir)
+    with pytest.raises(UserError, match=rf"checkpoint {newest} is damaged"), Checkpoints(workdir) as checkpoints:
+        checkpoints.restore(ABSTRACT, 2)
+    assert files(workdir) == before
+
+
+def test_damaged_meta_data_are_named(workdir: Path) -> None:
+    DAMAGES["the meta data are cut"](workdir / "checkpoints" / "2")
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.meta(1)["note"] == "é1"
+        with pytest.raises(UserError, match=r"checkpoint .*checkpoints/2 is damaged"):
+            checkpoints.meta(2)
+
+
+def test_a_state_of_another_shape_does_not_fit(workdir: Path) -> None:
+    other = {**ABSTRACT, "kernel": jax.ShapeDtypeStruct((8, 124), jnp.float32, sharding=SHARDINGS["kernel"])}
+    with Checkpoints(workdir) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoints/2 is damaged or does not fit: "):
+            checkpoints.restore(other, 2)
+        with pytest.raises(UserError, match=r"checkpoints/2 is damaged or does not fit: "):
+            checkpoints.restore({**ABSTRACT, "extra": ABSTRACT["step"]}, 2)
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no checkpoints; expected a workdir that scripts/train\.py has written"):
+        Checkpoints(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file: Not a directory; give another --workdir"):
+        Checkpoints(tmp_path / "file", keep=1)
