@@ -356,7 +356,9 @@ class GPT(nn.Module):
         if time > config.block_size:
             raise ValueError(f"{time} tokens do not fit into block_size={config.block_size}")
         first = 0 if cache is None else cache.length
-        x_BTC = self.wte(tokens_BT) + self.wpe(first + jnp.arange(time))[None]
+        # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
+        positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
+        x_BTC = self.wte(tokens_BT) + self.wpe(positions_BT)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
         for layer, block in enumerate(self.h):
