@@ -294,14 +294,14 @@ def train(
         write_json(workdir / "config.json", config.to_dict())
         vocabulary.save(workdir / "vocab.json")
 
-        def save(step: int, val_loss: float | None) -> None:
+        def save(step: int, val_loss: float | None, ranked: bool = False) -> None:
             meta = {
                 "config": config.to_dict(),
                 "vocab": vocabulary.to_json(),
                 "val_loss": val_loss,
                 "best_val_loss": best,
             }
-            checkpoints.save(step, state, meta, val_loss)
+            checkpoints.save(step, state, meta, val_loss if ranked else None)
 
         batches = Batches(config, tokens["train"], trainer.mesh)
         evaluators: dict[Mode, Evaluator] = {}
@@ -328,8 +328,10 @@ def train(
                     if not math.isfinite(val_loss):
                         _stop_not_finite(f"the validation loss of step {step}", workdir, checkpoints)
                     writer.write(step, "val", {"loss": val_loss, "bits_per_char": bits_per_char(val_loss)})
-                    best = min(best, val_loss)
-                    save(step, val_loss)
+                    # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
+                    ranked = mode == trainer.mode_at(config.train.max_iters - 1)
+                    best = min(best, val_loss) if ranked else best
+                    save(step, val_loss, ranked)
                     log.exclude(time.perf_counter() - began)
                 if stopping:
                     save(step, None)  # unless the evaluation has just saved it

@@ -326,6 +326,18 @@ def test_a_run_can_begin_in_float(data_dir: Path, tmp_path: Path, monkeypatch: p
     ]  # fmt: skip
 
 
+def test_the_best_checkpoint_is_a_quantized_one(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(losses))
+    config = tiny_config(data_dir, quant__start_step=2, train__eval_interval=2, train__max_iters=6, checkpoint__keep=3)
+    assert train(config, VOCABULARY, tmp_path).best_val_loss == 2.0
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [2, 4, 6]
+        assert checkpoints.best_step() == 6
+
+
 def test_a_small_model_learns_a_repeated_text(finished: Run, tmp_path: Path) -> None:
     config = longer(finished.config, 120)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_interval=120))
