@@ -14,6 +14,9 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder for the int8 model.")
 GRANULARITY = flags.DEFINE_enum(
     "weight_granularity", None, ["per_channel", "per_tensor"], "Scales of the weights. Default: as trained."
 )
+ACTIVATION_BITS = flags.DEFINE_enum(
+    "activation_bits", None, ["8", "none"], "8: int8 products; none: only the weights are int8. Default: as trained."
+)
 DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Where to compute.")
 
 
@@ -32,6 +35,8 @@ def main() -> None:
     quant = source.run.quant if source.run else convert.FLOAT
     if GRANULARITY.value:
         quant = dataclasses.replace(quant, weight_granularity=GRANULARITY.value)
+    if ACTIVATION_BITS.value:
+        quant = dataclasses.replace(quant, activation_bits=8 if ACTIVATION_BITS.value == "8" else None)
     training = {
         "step": source.step,
         "val_loss": source.val_loss,

@@ -212,6 +212,13 @@ def test_a_float_run_is_quantized_after_training(folder: Path, train: Callable[.
     done = command("scripts/quantize.py", "--workdir=float_run", "--output=float_int8")
     assert "trained in float: post-training quantization" in done.stdout
     assert json.loads((folder / "float_int8/config.json").read_text())["training"]["quantization_aware"] is False
+    other = ["--output=float_other", "--weight_granularity=per_tensor", "--activation_bits=none"]
+    assert (
+        "weights per_tensor, activation_bits None"
+        in command("scripts/quantize.py", "--workdir=float_run", *other).stdout
+    )
+    quantization = json.loads((folder / "float_other/config.json").read_text())["quantization"]
+    assert (quantization["weight_granularity"], quantization["activation_bits"]) == ("per_tensor", None)
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
