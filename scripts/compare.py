@@ -1,10 +1,10 @@
-"""One int8 model in every runtime: `python scripts/compare.py --model=runs/m/int8 --data=data/m --output=runs/m/compare`.
+"""One int8 model in every runtime: `python scripts/compare.py --model=runs/m/int8 --data=data/m --output=runs/m/all`.
 
 Writes the exports, `compare.json` and `compare.png` to --output, and prints the table.
 """
 
+import dataclasses
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,62 +13,184 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
-from picogpt_jax import cli
+from picogpt_jax import cli, compare
+from picogpt_jax.data import Tokens
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
+from picogpt_jax.int8_model import Int8Model, load_int8_model
+from picogpt_jax.vocabulary import Vocabulary
 
-RUNTIMES = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
+ALL = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
 
 MODEL = flags.DEFINE_string("model", None, "An int8 folder.")
 DATA = flags.DEFINE_string("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the exports, compare.json and compare.png.")
-RUNTIME = flags.DEFINE_list("runtimes", None, f"Of {', '.join(RUNTIMES)}. Default: those that are installed.")
+RUNTIMES = flags.DEFINE_list("runtimes", None, f"Of {', '.join(ALL)}. Default: those that are installed.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to compare on. Default: all of val.bin.", lower_bound=1)
 PROMPTS = flags.DEFINE_integer("prompts", 100, "Greedy texts to compare; 0: none.", lower_bound=0)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Tokens of each greedy text.", lower_bound=1)
 SPEED_TOKENS = flags.DEFINE_integer("speed_tokens", 2000, "Tokens of the timed sample; 0: no timing.", lower_bound=0)
 
-EXTRAS = {"torch": ("torch", "torch"), "onnx": ("onnxruntime", "onnx"), "llama.cpp": ("llama_cpp", None)}  # module, extra
+# What computes -> (the module that it needs, how to install it).
+NEEDS = {
+    "torch": ("torch", "picogpt_jax[torch]"),
+    "onnx": ("onnxruntime", "picogpt_jax[onnx]"),
+    "llama.cpp": ("llama_cpp", "picogpt_jax[llama-cpp]"),
+}
+START = "\n"  # the prompt of the timed sample, where the vocabulary has it
+
+Passes = tuple[compare.Forward, compare.Continue]
 
 
 def main() -> None:
     if MODEL.value is None or DATA.value is None or OUTPUT.value is None:
         raise UserError("--model, --data and --output are needed; --model is an int8 folder of scripts/quantize.py")
     runtimes = chosen_runtimes()
-    from picogpt_jax.devices import set_up_jax
-
-    set_up_jax("cpu", cpu_devices=1)
-    from picogpt_jax import compare
-    from picogpt_jax.data import Tokens
-    from picogpt_jax.int8_model import load_int8_model
-    from picogpt_jax.vocabulary import Vocabulary
-
     model = load_int8_model(MODEL.value)
-    config = model.model
-    if Vocabulary.from_data_dir(DATA.value) != model.vocabulary:
-        raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
-    ids = Tokens.open(DATA.value, "val", config.block_size, config.vocab_size).ids
-    if MAX_TOKENS.value is not None:
-        ids = ids[: MAX_TOKENS.value + 1]
-    paths = write_exports(model, runtimes)
+    ids = open_ids(model)
+    paths = {name: EXPORTS.get(name, lambda _: Path(MODEL.value))(model) for name in runtimes}
     passes = {name: LOADERS[name](paths[name]) for name in runtimes}
 
-    agreements = compare.agreement({name: forward for name, (forward, _) in passes.items()}, ids, config.block_size)
-    texts = {}
+    forwards = {name: forward for name, (forward, _) in passes.items()}
+    agreements = compare.agreement(forwards, ids, model.model.block_size)
+    texts: dict[str, float] = {}
     if PROMPTS.value:
         continues = {name: go_on for name, (_, go_on) in passes.items()}
         texts = compare.same_texts(continues, ids, PROMPTS.value, PROMPT_TOKENS.value, NEW_TOKENS.value)
-    reference = agreements[compare.REFERENCE].loss
     rows: list[dict[str, Any]] = []
     for name in runtimes:
-        result = agreements[name]
         row = {"runtime": name, "model": str(paths[name]), "bytes": compare.disk_bytes(paths[name])}
-        row |= {"loss": result.loss, "loss_difference": result.loss - reference}
-        row |= {"largest_difference": result.largest_difference, "same_next_token": result.same_next_token}
-        row |= {"same_texts": texts.get(name)}
-        rows.append(row | (speed(name, paths[name]) if SPEED_TOKENS.value else {}))
+        row |= dataclasses.asdict(agreements[name]) | {"same_texts": texts.get(name)}
+        row["loss_difference"] = agreements[name].loss - agreements[compare.REFERENCE].loss
+        rows.append(row | (time_sample(name, paths[name], model) if SPEED_TOKENS.value else {}))
     print(f"{len(ids) - 1:,} targets, {PROMPTS.value} greedy texts of {NEW_TOKENS.value} tokens")
     print(compare.format_table(rows))
     write_json(Path(OUTPUT.value) / "compare.json", {"tokens": len(ids) - 1, "runtimes": rows})
-    compare.draw(rows, Path(OUTPUT.value) / "compare.png", f"One int8 model, {len(rows)} runtimes")
+    compare.draw(rows, Path(OUTPUT.value) / "compare.png", f"One int8 model in {len(rows)} runtimes")
+
+
+def chosen_runtimes() -> list[str]:
+    """Those of --runtimes, or all that are installed; the reference first."""
+    for name in RUNTIMES.value or []:
+        if name not in ALL:
+            raise UserError(f"--runtimes: {name!r} is not one of {', '.join(ALL)}")
+        module, extra = NEEDS.get(name, ("numpy", ""))
+        if find_spec(module) is None:
+            raise UserError(f"--runtimes={name} needs {module}, which is not installed: pip install '{extra}'")
+    if RUNTIMES.value:
+        return [name for name in ALL if name in {compare.REFERENCE, *RUNTIMES.value}]
+    missing = [name for name, (module, _) in NEEDS.items() if find_spec(module) is None]
+    for name in missing:
+        print(f"{name} is left out; to include it: pip install '{NEEDS[name][1]}'")
+    return [name for name in ALL if name not in missing]
+
+
+def open_ids(model: Int8Model) -> npt.NDArray[np.uint16]:
+    if Vocabulary.from_data_dir(DATA.value) != model.vocabulary:
+        raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
+    ids = Tokens.open(DATA.value, "val", model.model.block_size, model.model.vocab_size).ids
+    return ids if MAX_TOKENS.value is None else ids[: MAX_TOKENS.value + 1]
+
+
+def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
+    """Times `sample.py` with this runtime; the second run counts, when what can be cached on disk is."""
+    start = START if START in model.vocabulary.itos else model.vocabulary.itos[0]
+    script = Path(__file__).resolve().parent / "sample.py"
+    command = [sys.executable, str(script), f"--model={path}", f"--runtime={name}", f"--start={start}"]
+    command += [f"--max_new_tokens={SPEED_TOKENS.value}", "--overflow=refill"]
+    compare.time_process(command, len(start))
+    return dataclasses.asdict(compare.time_process(command, len(start)))
+
+
+def export_onnx(model: Int8Model) -> Path:
+    from picogpt_jax.onnx_export import save_onnx
+
+    folder = Path(OUTPUT.value) / "onnx"
+    save_onnx(model, folder)
+    return folder
+
+
+def export_gguf(model: Int8Model) -> Path:
+    from picogpt_jax.gguf_export import save_gguf
+
+    path = Path(OUTPUT.value) / "model.gguf"
+    save_gguf(model, path)
+    return path
+
+
+def load_jax(path: Path) -> Passes:
+    from picogpt_jax.devices import compiler_options, set_up_jax
+
+    set_up_jax("cpu", cpu_devices=1)
+    import jax
+
+    from picogpt_jax.convert import serving_quant, serving_variables
+    from picogpt_jax.generate import Generator
+    from picogpt_jax.model import GPT
+
+    model = load_int8_model(path)
+    network, variables = GPT(model.model, serving_quant(model), "serve"), serving_variables(model)
+    forward = jax.jit(network.apply, compiler_options=compiler_options())
+    generator = Generator.from_int8(model)
+    return (
+        lambda tokens_BT: np.asarray(forward(variables, tokens_BT.astype(np.int32))),
+        lambda prompts_BT, new_tokens: generator.generate(prompts_BT, new_tokens, temperature=0.0),
+    )
+
+
+def load_torch(path: Path) -> Passes:
+    import torch
+
+    from picogpt_jax.torch_model import Int8GPT
+
+    network = Int8GPT.load(path)
+    return (
+        lambda tokens_BT: network(torch.from_numpy(tokens_BT)).numpy(),
+        lambda prompts_BT, new_tokens: network.generate(
+            torch.from_numpy(prompts_BT), new_tokens, temperature=0.0
+        ).numpy(),
+    )
+
+
+def load_onnx(path: Path) -> Passes:
+    from picogpt_jax.onnx_model import OnnxGPT
+
+    return passes_of(OnnxGPT.load(path))
+
+
+def load_numpy(path: Path) -> Passes:
+    from picogpt_jax.numpy_model import NumpyGPT
+
+    return passes_of(NumpyGPT.load(path))
+
+
+def passes_of(runtime: Any) -> Passes:
+    from picogpt_jax.runtime import generate
+
+    return runtime.forward, lambda prompts_BT, new_tokens: generate(runtime, prompts_BT, new_tokens, temperature=0.0)
+
+
+def load_llama_cpp(path: Path) -> Passes:
+    from picogpt_jax.llama_cpp_model import LlamaCppModel
+
+    model = LlamaCppModel(path)
+    return (
+        lambda tokens_BT: np.stack([model.logits(row) for row in tokens_BT]),
+        lambda prompts_BT, new_tokens: np.stack(
+            [model.generate(row, new_tokens, temperature=0.0) for row in prompts_BT]
+        ),
+    )
+
+
+EXPORTS = {"onnx": export_onnx, "llama.cpp": export_gguf}  # the others read the int8 folder
+LOADERS = {
+    "jax": load_jax,
+    "torch": load_torch,
+    "onnx": load_onnx,
+    "numpy": load_numpy,
+    "llama.cpp": load_llama_cpp,
+}
+
+if __name__ == "__main__":
+    cli.run(main)
