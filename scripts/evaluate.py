@@ -23,22 +23,22 @@ JSON = flags.DEFINE_string("json", None, "File for the result.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
 
 BATCH_SIZE = 32  # windows computed at once
+INT8_KINDS = ("int8", "torch-int8")
 
 
 def main() -> None:
     if MODEL.value is None or DATA.value is None:
         raise UserError("--model and --data are needed, e.g. --model=runs/debug/int8 --data=data/stdlib_char")
     kind = sources.recognise(MODEL.value)
-    is_int8 = kind in ("int8", "torch-int8")
-    if is_int8 and FORWARD.value == "float":
+    if kind in INT8_KINDS and FORWARD.value == "float":
         raise UserError(
             f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
         )
     if RUNTIME.value == "torch":
-        loss, tokens = evaluate_torch()
+        loss, tokens, characters = evaluate_torch()
     else:
-        loss, tokens = evaluate_jax(is_int8)
-    bits = loss / 0.6931471805599453
+        loss, tokens, characters = evaluate_jax(kind)
+    bits = loss / 0.6931471805599453 * (tokens / characters)
     result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
         write_json(JSON.value, result)
@@ -55,15 +55,18 @@ def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
     return tokens
 
 
-def evaluate_torch() -> tuple[float, int]:
+def evaluate_torch() -> tuple[float, int, int]:
+    """The loss in nats per target, and how many targets and characters there are."""
     from picogpt_jax.torch_model import Int8GPT
 
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
-    return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
+    loss = Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE)
+    return loss, len(tokens) - 1, model.vocabulary.n_characters(tokens.ids[1:])
 
 
-def evaluate_jax(is_int8: bool) -> tuple[float, int]:
+def evaluate_jax(kind: sources.Kind) -> tuple[float, int, int]:
+    """The same with JAX."""
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax(DEVICE.value, cpu_devices=1)
@@ -75,20 +78,19 @@ def evaluate_jax(is_int8: bool) -> tuple[float, int]:
     from picogpt_jax.model import GPT
     from picogpt_jax.sharding import make_mesh
 
-    if is_int8:
+    if kind in INT8_KINDS:
         model = sources.load_int8(MODEL.value)
         config, vocabulary = model.model, model.vocabulary
         network, variables = GPT(config, convert.serving_quant(model), "serve"), convert.serving_variables(model)
     else:
         source = sources.load_float(MODEL.value)
         config, vocabulary = source.config, source.vocabulary
-        quantized = source.qat and FORWARD.value == "trained"
-        quant = source.run.quant if source.run else convert.FLOAT
-        network, variables = GPT(config, quant, "train" if quantized else "float"), {"params": source.params}
+        quantized = source.qat and FORWARD.value == "trained" and kind == "workdir"
+        network, variables = GPT(config, source.quant, "train" if quantized else "float"), {"params": source.params}
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)
-    return evaluator.loss(variables, tokens.ids), len(tokens) - 1
+    return evaluator.loss(variables, tokens.ids), len(tokens) - 1, vocabulary.n_characters(tokens.ids[1:])
 
 
 if __name__ == "__main__":
