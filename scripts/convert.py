@@ -86,7 +86,7 @@ def to_torch() -> None:
 
 def to_torch_int8() -> None:
     from picogpt_jax.int8_model import requantize_per_tensor
-    from picogpt_jax.torch_checkpoint import save_int8_checkpoint
+    from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 
     model = sources.load_int8(INPUT.value)
     save_int8_checkpoint(model, OUTPUT.value, requantize=REQUANTIZE.value)

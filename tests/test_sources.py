@@ -17,7 +17,8 @@ from picogpt_jax.convert import float_arrays
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import save_int8_model
 from picogpt_jax.sources import load_float, load_int8, recognise
-from picogpt_jax.torch_checkpoint import save_float_checkpoint, save_int8_checkpoint
+from picogpt_jax.torch_checkpoint import save_float_checkpoint
+from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.train import Trainer
 
 INT8 = random_model()
@@ -162,7 +163,9 @@ def test_a_float_file_of_another_program_has_no_vocabulary(models: Path, tmp_pat
     del content["picogpt_jax"]
     torch.save(content, tmp_path / "nanogpt.pt")
     assert recognise(tmp_path / "nanogpt.pt") == "torch-float"
-    with pytest.raises(UserError, match=r"nanogpt.pt holds no vocabulary; convert it again"):
+    with pytest.raises(
+        UserError, match=r"nanogpt.pt holds no vocabulary; make a workdir of it with scripts.convert.py"
+    ):
         load_float(tmp_path / "nanogpt.pt")
 
 
