@@ -66,7 +66,8 @@ def prepare_text(
     if vocabulary is None:
         vocabulary = Vocabulary.from_text(text)
     train_text = int(len(text) * TRAIN_FRACTION)
-    ids = [vocabulary.encode(part, source).astype("<u2") for part in (text[:train_text], text[train_text:])]
+    parts = {f"{source}, its first {TRAIN_FRACTION:.0%}": text[:train_text], f"{source}, the rest": text[train_text:]}
+    ids = [vocabulary.encode(part, name).astype("<u2") for name, part in parts.items()]
     meta = Meta(
         vocabulary=vocabulary,
         dataset=dataset,
@@ -93,7 +94,7 @@ def run_prepare(
     input_file: str | None,
     default_text: Callable[[], str] | None = None,
     default_source: str = "",
-    vocabulary_file: str | None = None,
+    vocabulary_file: str | os.PathLike[str] | None = None,
 ) -> Meta:
     """Prepares the text of `input_file`, or of `default_text()` where no file is given.
 

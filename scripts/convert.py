@@ -19,9 +19,9 @@ OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["checkpoint", "torch", "torch-int8"],
-    "checkpoint: a workdir to train further, of any model; torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 "
-    "file.",
+    ["torch", "torch-int8", "checkpoint"],
+    "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; checkpoint: a workdir to train further, of any "
+    "model.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
