@@ -23,26 +23,33 @@ JSON = flags.DEFINE_string("json", None, "File for the result.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
 
 BATCH_SIZE = 32  # windows computed at once
-INT8_KINDS = ("int8", "torch-int8")
 
 
 def main() -> None:
     if MODEL.value is None or DATA.value is None:
         raise UserError("--model and --data are needed, e.g. --model=runs/debug/int8 --data=data/stdlib_char")
     kind = sources.recognise(MODEL.value)
-    if kind in INT8_KINDS and FORWARD.value == "float":
+    is_int8 = kind in ("int8", "torch-int8")
+    if is_int8 and FORWARD.value == "float":
         raise UserError(
             f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
         )
     if RUNTIME.value == "torch":
-        loss, tokens, characters = evaluate_torch()
+        loss, tokens = evaluate_torch()
     else:
-        loss, tokens, characters = evaluate_jax(kind)
-    bits = loss / 0.6931471805599453 * (tokens / characters)
+        loss, tokens = evaluate_jax(is_int8)
+    bits = loss / 0.6931471805599453 * tokens_per_character(tokens)
     result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
         write_json(JSON.value, result)
     print(f"loss {loss:.6f} nats, {bits:.4f} bits per character, {tokens:,} tokens ({kind}, {RUNTIME.value})")
+
+
+def tokens_per_character(tokens: int) -> float:
+    """Of the text that the targets stand for: 1 where the tokens are characters."""
+    vocabulary = Vocabulary.from_data_dir(DATA.value)
+    targets = Tokens.open(DATA.value, SPLIT.value, 1, vocabulary.size).ids[1 : tokens + 1]
+    return tokens / vocabulary.n_characters(targets)
 
 
 def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
@@ -55,18 +62,15 @@ def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
     return tokens
 
 
-def evaluate_torch() -> tuple[float, int, int]:
-    """The loss in nats per target, and how many targets and characters there are."""
+def evaluate_torch() -> tuple[float, int]:
     from picogpt_jax.torch_model import Int8GPT
 
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
-    loss = Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE)
-    return loss, len(tokens) - 1, model.vocabulary.n_characters(tokens.ids[1:])
+    return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
 
 
-def evaluate_jax(kind: sources.Kind) -> tuple[float, int, int]:
-    """The same with JAX."""
+def evaluate_jax(is_int8: bool) -> tuple[float, int]:
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax(DEVICE.value, cpu_devices=1)
@@ -78,19 +82,20 @@ def evaluate_jax(kind: sources.Kind) -> tuple[float, int, int]:
     from picogpt_jax.model import GPT
     from picogpt_jax.sharding import make_mesh
 
-    if kind in INT8_KINDS:
+    if is_int8:
         model = sources.load_int8(MODEL.value)
         config, vocabulary = model.model, model.vocabulary
         network, variables = GPT(config, convert.serving_quant(model), "serve"), convert.serving_variables(model)
     else:
         source = sources.load_float(MODEL.value)
         config, vocabulary = source.config, source.vocabulary
-        quantized = source.qat and FORWARD.value == "trained" and kind == "workdir"
+        is_workdir = sources.recognise(MODEL.value) == "workdir"
+        quantized = source.qat and FORWARD.value == "trained" and is_workdir
         network, variables = GPT(config, source.quant, "train" if quantized else "float"), {"params": source.params}
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)
-    return evaluator.loss(variables, tokens.ids), len(tokens) - 1, vocabulary.n_characters(tokens.ids[1:])
+    return evaluator.loss(variables, tokens.ids), len(tokens) - 1
 
 
 if __name__ == "__main__":
