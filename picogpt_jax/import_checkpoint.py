@@ -49,15 +49,16 @@ def float_model(model: Int8Model) -> FloatModel:
     """
     arrays = {f"{name}.weight": _requantizable(matrix) for name, matrix in model.matrices.items()} | model.vectors
     step, val_loss = model.training.get("step"), model.training.get("val_loss")
+    qat = model.training.get("quantization_aware") is True
     return FloatModel(
         config=model.model,
         run=None,
-        quant=serving_quant(model),
+        quant=dataclasses.replace(serving_quant(model), mode="int8" if qat else "none"),
         params=params_from_arrays(model.model, arrays),
         vocabulary=model.vocabulary,
         step=step if type(step) is int else 0,
         val_loss=val_loss if type(val_loss) is float else None,
-        qat=model.training.get("quantization_aware") is True,
+        qat=qat,
     )
 
 

@@ -145,9 +145,11 @@ def test_no_scale_is_lost_to_rounding() -> None:
 
 def test_an_int8_model_of_a_qat_run_counts_as_trained_with_quantization() -> None:
     model = random_model()
-    assert float_model(model).qat is False
+    source = float_model(model)
+    assert (source.qat, source.quant.mode) == (False, "none")
     model.training["quantization_aware"] = True
-    assert float_model(model).qat is True
+    source = float_model(model)
+    assert (source.qat, source.quant.mode) == (True, "int8")
 
 
 def test_a_workdir_gives_its_best_parameters_and_its_configuration(tmp_path: Path) -> None:
