@@ -102,9 +102,10 @@ class TokenizerVocabulary(Vocabulary):
             raise UserError(f"{source}: a normalizer, or BPE dropout, changes the text; expected neither")
         ids = dict(_vocab(model, source))
         added = definition.get("added_tokens") or []
-        if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
+        if not is_list or not all(isinstance(token.get("content"), str) for token in added):
             raise UserError(f"{source}: added_tokens is not a list of tokens")
-        ids |= {token.get("content"): token.get("id") for token in added}
+        ids |= {token["content"]: token.get("id") for token in added}
         itos = _table(ids, size, source)
         vocabulary = cls(itos, json.dumps(definition, sort_keys=True))
         if vocabulary._tokenizer.get_vocab_size() != len(ids):

@@ -148,6 +148,7 @@ def with_model(**changes: Any) -> dict[str, Any]:
         (with_model(merges=["a"]), r"the tokenizer is damaged \("),
         (with_model(merges=[["no", "such"]]), r"the tokenizer is damaged \("),
         (changed(added_tokens=[3]), "added_tokens is not a list of tokens"),
+        (changed(added_tokens=[{"id": 3, "content": ["x"]}]), "added_tokens is not a list of tokens"),
         (changed(added_tokens=[{"id": 3, "content": "x"}]), "has the id|is damaged"),
         (characters({"ab": 0}), "entry 0 is 'ab'; expected a string of one character"),
         (characters({"a": 1}), "token 'a' has the id 1"),
