@@ -20,6 +20,8 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
 
 FOLDER = "checkpoints"
+# In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
+IMPORTED = "imported"
 _POLICIES = preservation_policy
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.config import ModelConfig, QuantConfig
-from picogpt_jax.int8_model import Int8Model, Int8Tensor, Quantization
+from picogpt_jax.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
 from picogpt_jax.model import GPT
 from picogpt_jax.quantization import INT8_COLLECTION, QuantizedTensor, converted, quantize
 from picogpt_jax.vocabulary import Vocabulary
 
 FLOAT = QuantConfig(mode="none", weight_granularity="per_channel", activation_bits=8, backward_bits=None, start_step=0)
-EMBEDDINGS = ("transformer.wte", "transformer.wpe")
 
 
 def module_path(name: str) -> tuple[str, ...]:

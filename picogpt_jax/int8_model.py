@@ -31,6 +31,7 @@ FORMAT = "picogpt-int8"
 FORMAT_VERSION = 1
 TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocab.json"
 MAX_CODE = 127
+EMBEDDINGS = ("transformer.wte", "transformer.wpe")
 
 # What a file holds: tensor name -> (dtype as numpy spells it, shape).
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -109,8 +110,7 @@ class Int8Model:
         check_json("training", self.training)
         tensors = self.tensors()
         check_depth(self.model, tensors)
-        found = {name: (str(array.dtype), array.shape) for name, array in tensors.items()}
-        check_layout(found, int8_layout(self.model, self.quantization.weight_granularity))
+        check_layout(layout_of(tensors), int8_layout(self.model, self.quantization.weight_granularity))
         for name, array in tensors.items():
             _check_values(name, array)
 
@@ -140,6 +140,17 @@ def int8_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple
         layout[f"{name}.weight"] = ("int8", shape)
         layout[f"{name}.weight_scale"] = ("float32", (shape[0] if granularity == "per_channel" else 1, 1))
     return layout | {name: ("float32", shape) for name, shape in model.vector_shapes().items()}
+
+
+def float_layout(model: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The float parameters under nanoGPT's names, matrices [out, in], without the tied head: name -> (dtype, shape)."""
+    matrices = {f"{name}.weight": shape for name, shape in model.matrix_shapes().items()}
+    return {name: ("float32", shape) for name, shape in (matrices | model.vector_shapes()).items()}
+
+
+def layout_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The layout that these tensors have."""
+    return {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
 
 
 def check_layout(found: Layout, expected: Layout) -> None:
@@ -350,7 +361,7 @@ def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> d
     """Reads the tensors; safetensors checks that the header's sizes are those of the file, `check_layout` the rest."""
     try:
         with safe_open(path, framework="numpy") as file:
-            _check_names_occur_once(path)
+            check_names_occur_once(path)
             found = {}
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 header = file.get_slice(name)
@@ -363,7 +374,7 @@ def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> d
         raise UserError(f"is no readable safetensors file ({error}); write the model again") from None
 
 
-def _check_names_occur_once(path: Path) -> None:
+def check_names_occur_once(path: Path) -> None:
     """safetensors keeps the last of two entries with one name; we refuse both."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

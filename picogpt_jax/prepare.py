@@ -46,35 +46,44 @@ class Meta:
         }
 
 
-def prepare_text(text: str, out_dir: str | os.PathLike[str], dataset: str, source: str) -> Meta:
+def prepare_text(
+    text: str,
+    out_dir: str | os.PathLike[str],
+    dataset: str,
+    source: str,
+    vocabulary: Vocabulary | None = None,
+) -> Meta:
     """Writes the first 90% of `text` as train.bin, the rest as val.bin, and meta.json; prints a summary.
 
-    The files are nanoGPT's: raw little-endian uint16 ids over the sorted characters of the whole text.
+    The files are nanoGPT's: raw little-endian uint16 ids over the sorted characters of the whole text, or of the
+    `vocabulary` of a model that is to be trained further.
 
     Raises:
         UserError: the text is too short or has too many distinct characters, or `out_dir` cannot be written.
     """
     if len(text) < MIN_CHARACTERS:
         raise UserError(f"the text ({source}) has {len(text)} characters; at least {MIN_CHARACTERS} are needed")
-    vocabulary = Vocabulary.from_text(text)
-    ids = vocabulary.encode(text, source).astype("<u2")
-    train_tokens = int(len(text) * TRAIN_FRACTION)
+    if vocabulary is None:
+        vocabulary = Vocabulary.from_text(text)
+    train_text = int(len(text) * TRAIN_FRACTION)
+    parts = {f"{source}, its first {TRAIN_FRACTION:.0%}": text[:train_text], f"{source}, the rest": text[train_text:]}
+    ids = [vocabulary.encode(part, name).astype("<u2") for name, part in parts.items()]
     meta = Meta(
         vocabulary=vocabulary,
         dataset=dataset,
         source=source,
         sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        train_tokens=train_tokens,
-        val_tokens=len(text) - train_tokens,
+        train_tokens=len(ids[0]),
+        val_tokens=len(ids[1]),
     )
     out_dir = Path(out_dir)
     with atomic_path(out_dir / "train.bin") as train_path, atomic_path(out_dir / "val.bin") as val_path:
-        ids[:train_tokens].tofile(train_path)
-        ids[train_tokens:].tofile(val_path)
+        ids[0].tofile(train_path)
+        ids[1].tofile(val_path)
         # An interruption from here on must not leave new ids beside the vocabulary of an earlier text.
         (out_dir / "meta.json").unlink(missing_ok=True)
     write_json(out_dir / "meta.json", meta.to_json())
-    print(f"{dataset}: {len(text):,} characters, {vocabulary.size:,} distinct ({source})")
+    print(f"{dataset}: {len(text):,} characters, {len(set(text)):,} distinct ({source})")
     print(f"wrote {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens to {out_dir}")
     return meta
 
@@ -85,17 +94,21 @@ def run_prepare(
     input_file: str | None,
     default_text: Callable[[], str] | None = None,
     default_source: str = "",
+    vocabulary_file: str | os.PathLike[str] | None = None,
 ) -> Meta:
     """Prepares the text of `input_file`, or of `default_text()` where no file is given.
+
+    `vocabulary_file` is the vocab.json of the model that is to be trained further, if any.
 
     Raises:
         UserError: neither is given, or see `read_text` and `prepare_text`.
     """
+    vocabulary = Vocabulary.load(vocabulary_file) if vocabulary_file else None
     if input_file is not None:
-        return prepare_text(read_text(input_file), out_dir, dataset, Path(input_file).name)
+        return prepare_text(read_text(input_file), out_dir, dataset, Path(input_file).name, vocabulary)
     if default_text is None:
         raise UserError(f"{dataset} has no text of its own; name yours with --input_file=TEXT")
-    return prepare_text(default_text(), out_dir, dataset, default_source)
+    return prepare_text(default_text(), out_dir, dataset, default_source, vocabulary)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -1,4 +1,4 @@
-"""What `--model` and `--input` name: a workdir, an int8 folder, or a PyTorch checkpoint; recognised and loaded.
+"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch file or a Hugging Face folder, loaded.
 
 JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the other.
 """
@@ -9,12 +9,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from picogpt_jax.config import Config, ModelConfig
+from picogpt_jax.config import Config, ModelConfig, QuantConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import Int8Model, is_int8_folder, load_int8_model
+from picogpt_jax.import_huggingface import is_huggingface_folder, load_huggingface
+from picogpt_jax.int8_model import Int8Model, errors_in, is_int8_folder, load_int8_model
+from picogpt_jax.tokenizer import TOKENIZER_FILE, read_tokenizer
 from picogpt_jax.vocabulary import Vocabulary
 
-Kind = Literal["workdir", "int8", "torch-int8", "torch-float"]
+Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,16 @@ class FloatModel:
     """Float parameters and what belongs to them.
 
     Attributes:
-        config: the model; `run` is the whole configuration where the source is a workdir.
+        config: the model; `run` is the whole configuration where the source is a training of ours.
+        quant: how the training quantized, or how quantization after the training does it.
         params: the parameter tree of `GPT`, float32.
-        qat: whether these parameters were trained with quantization in the forward pass.
+        step: optimizer steps made, before and after an import.
+        qat: whether these parameters were trained with our quantization in the forward pass.
     """
 
     config: ModelConfig
     run: Config | None
+    quant: QuantConfig
     params: Any
     vocabulary: Vocabulary
     step: int
@@ -44,19 +49,24 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; expected a workdir, an int8 folder or a PyTorch .pt file")
+        raise UserError(
+            f"{path} does not exist; expected a workdir, an int8 folder or a PyTorch .pt file, or a Hugging Face folder"
+        )
     if is_int8_folder(path):
         return "int8"
     if (path / "checkpoints").is_dir():
         return "workdir"
     if path.is_file():
-        from picogpt_jax.torch_checkpoint import checkpoint_kind, is_torch_checkpoint
+        from picogpt_jax.torch_file import checkpoint_kind, is_torch_checkpoint
 
         if is_torch_checkpoint(path):
-            return "torch-int8" if checkpoint_kind(path) == "int8" else "torch-float"
+            kinds: dict[str, Kind] = {"int8": "torch-int8", "float": "torch-float", "picogpt-int8": "picogpt-int8"}
+            return kinds[checkpoint_kind(path)]
+    if is_huggingface_folder(path):
+        return "huggingface"
     raise UserError(
         f"{path} is not a model: expected a workdir of scripts/train.py (with checkpoints/), an int8 folder of "
-        "scripts/quantize.py (with model.safetensors and config.json) or a PyTorch .pt file"
+        "scripts/quantize.py (with model.safetensors and config.json), a PyTorch .pt file or a Hugging Face folder"
     )
 
 
@@ -65,27 +75,62 @@ def load_int8(path: str | os.PathLike[str]) -> Int8Model:
     kind = recognise(path)
     if kind == "int8":
         return load_int8_model(path)
-    if kind == "torch-int8":
-        from picogpt_jax.torch_checkpoint import load_int8_checkpoint
+    if kind in ("torch-int8", "picogpt-int8"):
+        from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 
         return load_int8_checkpoint(path)
     raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
 
 
-def load_float(path: str | os.PathLike[str]) -> FloatModel:
-    """The float parameters of a workdir (its best checkpoint) or of a nanoGPT/picoGPT `ckpt.pt`."""
+def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> FloatModel:
+    """The float parameters of a workdir (its best checkpoint), a `ckpt.pt`, picoGPT's int8 file or a GPT-2 folder.
+
+    Args:
+        data_dir: has the vocabulary (meta.json, nanoGPT's meta.pkl or tokenizer.json) where the model has none.
+
+    Raises:
+        UserError: it is damaged or of another kind, has no vocabulary, or `data_dir` has another one.
+    """
     kind = recognise(path)
     if kind == "workdir":
-        return _load_workdir(path)
-    if kind == "torch-float":
-        return _load_ckpt(path)
-    raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
+        source = _load_workdir(path)
+    elif kind in ("torch-float", "picogpt-int8"):
+        source = _load_torch(path, kind, data_dir)
+    elif kind == "huggingface":
+        source = _load_huggingface(path, data_dir)
+    else:
+        raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
+    check_vocabulary(source.vocabulary, source.config, path, data_dir)
+    return source
+
+
+def check_vocabulary(
+    vocabulary: Vocabulary,
+    model: ModelConfig,
+    path: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+) -> None:
+    """Raises a UserError if the vocabulary is not as large as the model's table, or not that of `data_dir`."""
+    if vocabulary.size != model.vocab_size:
+        raise UserError(
+            f"{path} is a model of {model.vocab_size} tokens, its vocabulary has {vocabulary.size}; give --data the "
+            "folder of the data that it was trained on"
+        )
+    if data_dir is not None and _vocabulary_in(data_dir, model.vocab_size) != vocabulary:
+        raise UserError(f"{path} has another vocabulary than --data={data_dir}; leave --data out")
+
+
+def _vocabulary_in(data_dir: str | os.PathLike[str], size: int) -> Vocabulary:
+    is_prepared = any((Path(data_dir) / name).exists() for name in ("meta.json", "meta.pkl"))
+    if not is_prepared and (Path(data_dir) / TOKENIZER_FILE).is_file():
+        return read_tokenizer(data_dir, size)
+    return Vocabulary.from_data_dir(data_dir)
 
 
 def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     import jax
 
-    from picogpt_jax.checkpoint import Checkpoints
+    from picogpt_jax.checkpoint import IMPORTED, Checkpoints
     from picogpt_jax.train import Trainer
 
     with Checkpoints(path) as checkpoints:
@@ -97,30 +142,66 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
         mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
         trainer = Trainer(dataclasses.replace(run, mesh=mesh), devices=jax.devices()[:1])
         state = checkpoints.restore(trainer.abstract_state, step).state
+    imported = meta.get(IMPORTED)
     return FloatModel(
         config=run.model,
         run=run,
+        quant=run.quant,
         params=state.params,
         vocabulary=Vocabulary.from_json(meta["vocab"], f"the checkpoint of {path}"),
-        step=step,
+        step=imported["step"] if imported else step,
         val_loss=meta["val_loss"],
-        qat=run.quant.mode == "int8" and step > run.quant.start_step,
+        qat=imported["quantization_aware"] if imported else _is_qat(run, step),
     )
 
 
-def _load_ckpt(path: str | os.PathLike[str]) -> FloatModel:
-    from picogpt_jax.convert import params_from_arrays
-    from picogpt_jax.torch_checkpoint import load_float_checkpoint
+def _is_qat(run: Config, step: int) -> bool:
+    return run.quant.mode == "int8" and step > run.quant.start_step
 
-    loaded = load_float_checkpoint(path)
-    if loaded.vocabulary is None:
-        raise UserError(f"{path} holds no vocabulary; convert it again with scripts/convert.py --to=torch")
+
+def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.PathLike[str] | None) -> FloatModel:
+    from picogpt_jax.convert import FLOAT, params_from_arrays
+
+    if kind == "picogpt-int8":
+        from picogpt_jax.torch_int8_checkpoint import load_picogpt_int8
+
+        loaded = load_picogpt_int8(path)
+    else:
+        from picogpt_jax.torch_checkpoint import load_float_checkpoint
+
+        loaded = load_float_checkpoint(path)
+    with errors_in(path):  # ours carries our configuration; nanoGPT's has no such sections
+        run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
+    vocabulary = loaded.vocabulary
+    if vocabulary is None and data_dir is not None:
+        vocabulary = _vocabulary_in(data_dir, loaded.model.vocab_size)
+    if vocabulary is None:
+        raise UserError(
+            f"{path} holds no vocabulary; make a workdir of it with scripts/convert.py --to=checkpoint --data=DIR, the "
+            "folder of the data that it was trained on"
+        )
     return FloatModel(
         config=loaded.model,
-        run=None,
+        run=run,
+        quant=run.quant if run else FLOAT,
         params=params_from_arrays(loaded.model, loaded.tensors),
-        vocabulary=loaded.vocabulary,
+        vocabulary=vocabulary,
         step=loaded.iter_num,
         val_loss=loaded.best_val_loss if math.isfinite(loaded.best_val_loss) else None,
-        qat=False,
+        qat=run is not None and _is_qat(run, loaded.iter_num),
+    )
+
+
+def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> FloatModel:
+    from picogpt_jax.convert import FLOAT, params_from_arrays
+
+    config, tensors = load_huggingface(path)
+    has_tokenizer = (Path(path) / TOKENIZER_FILE).is_file()
+    if has_tokenizer or data_dir is None:
+        vocabulary = read_tokenizer(path, config.vocab_size)
+    else:
+        vocabulary = _vocabulary_in(data_dir, config.vocab_size)
+    params = params_from_arrays(config, tensors)
+    return FloatModel(
+        config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False
     )

@@ -33,7 +33,8 @@ except ImportError as error:
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, Int8Tensor, is_int8_folder, load_int8_model
-from picogpt_jax.torch_checkpoint import is_torch_checkpoint, load_int8_checkpoint
+from picogpt_jax.torch_file import is_torch_checkpoint
+from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 
 Overflow = Literal["slide", "refill"]
 

@@ -46,6 +46,7 @@ FREE_ON_RESUME = frozenset(
 )
 FIRST_LOSS_SCALE = 2.0**15  # float16: as in PyTorch's GradScaler, halved at an overflow, doubled after 2,000 good steps
 STEPS_TO_DOUBLE = 2000
+TOKENS_COUNTED = 1 << 20  # tokens of the validation split that tell how many characters one has
 
 
 @struct.dataclass
@@ -97,7 +98,9 @@ class Trainer:
         return self.model("float").init(jax.random.key(self.config.train.seed), tokens)["params"]
 
     def _init_state(self) -> TrainState:
-        params = nn.unbox(self._init_params())
+        return self._first_state(nn.unbox(self._init_params()))
+
+    def _first_state(self, params: Any) -> TrainState:
         scale = FIRST_LOSS_SCALE if self.dtype == jnp.float16 else 1.0
         return TrainState(
             step=jnp.int32(0),
@@ -125,9 +128,13 @@ class Trainer:
         )
         return checkpoint.abstract(state, shardings)
 
-    def init(self) -> TrainState:
+    def init(self, params: Any = None) -> TrainState:
+        """The state before the first step, with new parameters or with `params`, such as imported ones."""
         shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
-        return jax.jit(self._init_state, out_shardings=shardings, compiler_options=compiler_options())()
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options())
+        if params is None:
+            return jax.jit(self._init_state, **options)()
+        return jax.jit(self._first_state, **options)(params)
 
     def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
@@ -284,13 +291,8 @@ def train(
     check_resumable(workdir, config, vocabulary, resume)
     trainer = Trainer(config)
     with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints, StopSignal() as stop:
-        restored = checkpoints.restore_latest(trainer.abstract_state)
-        state = restored.state if restored else trainer.init()
-        first = restored.step if restored else 0
-        best = restored.meta["best_val_loss"] if restored else float("inf")
+        state, first, best, resume_step = begin(trainer, checkpoints, workdir)
         val_loss = None
-        if restored:
-            print(f"resumed {workdir} at step {first}")
         write_json(workdir / "config.json", config.to_dict())
         vocabulary.save(workdir / "vocab.json")
 
@@ -306,7 +308,8 @@ def train(
         batches = Batches(config, tokens["train"], trainer.mesh)
         evaluators: dict[Mode, Evaluator] = {}
         max_windows = config.train.eval_iters * config.train.batch_size
-        resume_step = first if restored else None
+        sample = tokens["val"].ids[:TOKENS_COUNTED]
+        tokens_per_char = len(sample) / vocabulary.n_characters(sample)
         with (
             MetricsWriter(workdir, config.log, config.to_dict(), resume_step) as writer,
             ProgressBar(config.train.max_iters, first) as progress,
@@ -327,7 +330,8 @@ def train(
                     val_loss = evaluator.loss(state.params, tokens["val"].ids, max_windows)
                     if not math.isfinite(val_loss):
                         _stop_not_finite(f"the validation loss of step {step}", workdir, checkpoints)
-                    writer.write(step, "val", {"loss": val_loss, "bits_per_char": bits_per_char(val_loss)})
+                    bits = bits_per_char(val_loss) * tokens_per_char
+                    writer.write(step, "val", {"loss": val_loss, "bits_per_char": bits})
                     # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
                     ranked = mode == trainer.mode_at(config.train.max_iters - 1)
                     best = min(best, val_loss) if ranked else best
@@ -338,6 +342,26 @@ def train(
                     break
     stopped_by = stop.received if step < config.train.max_iters else None
     return Result(step=step, val_loss=val_loss, best_val_loss=best, stopped_by=stopped_by)
+
+
+def begin(
+    trainer: Trainer, checkpoints: checkpoint.Checkpoints, workdir: Path
+) -> tuple[TrainState, int, float, int | None]:
+    """Where a training starts: from the newest checkpoint, from imported parameters, or from new ones.
+
+    Returns:
+        the state, its step, the best validation loss so far, and the step to resume the log at (None: a new log).
+    """
+    restored = checkpoints.restore_latest(trainer.abstract_state)
+    if restored is None:
+        if (workdir / "config.json").is_file():
+            print(f"{workdir} holds no checkpoint yet: starting at step 0")
+        return trainer.init(), 0, math.inf, None
+    if checkpoint.IMPORTED in restored.meta:
+        print(f"starting from the parameters imported into {workdir}")
+        return trainer.init(restored.state.params), 0, math.inf, None
+    print(f"resumed {workdir} at step {restored.step}")
+    return restored.state, restored.step, restored.meta["best_val_loss"], restored.step
 
 
 class TrainLog:
@@ -413,6 +437,9 @@ def _stop_not_finite(what: str, workdir: Path, checkpoints: checkpoint.Checkpoin
 def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resume: bool | None) -> None:
     """Refuses a workdir that does not fit: see `train`.
 
+    A run goes on with its own configuration, but for `FREE_ON_RESUME`. Imported parameters are no run yet: they take
+    any training that is of their shape and vocabulary.
+
     Raises:
         UserError: naming the keys that differ from the run in `workdir`.
     """
@@ -423,14 +450,25 @@ def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resum
         raise UserError(f"--noresume: {workdir} already holds a run; give another --workdir, or leave --noresume out")
     if not exists:
         return
-    old = Config.from_dict(read_json(workdir / "config.json")).to_dict()
-    new = config.to_dict()
+    newest = _newest_meta(workdir)
+    if resume and newest is None:
+        raise UserError(
+            f"--resume: {workdir} holds no finished checkpoint yet; leave --resume out to start at step 0 again"
+        )
+    imported = checkpoint.IMPORTED in (newest or {})
+    stored = newest["config"] if newest and imported else read_json(workdir / "config.json")
+    old = Config.from_dict(stored).to_dict()
     differing = [
         f"{section}.{key} ({old[section][key]!r} there, {value!r} here)"
-        for section, values in new.items()
+        for section, values in config.to_dict().items()
         for key, value in values.items()
-        if old[section][key] != value and f"{section}.{key}" not in FREE_ON_RESUME
+        if old[section][key] != value and not _may_change(section, key, imported)
     ]
+    if differing and imported:
+        raise UserError(
+            f"{workdir} holds an imported model of another shape: {', '.join(differing)}; use its values, as "
+            "configs/finetune.py does, or another --workdir"
+        )
     if differing:
         raise UserError(
             f"{workdir} holds a run with another configuration: {', '.join(differing)}; "
@@ -438,3 +476,18 @@ def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resum
         )
     if Vocabulary.load(workdir / "vocab.json") != vocabulary:
         raise UserError(f"{workdir} was trained on another vocabulary than {config.data.dir}; use another --workdir")
+
+
+def _may_change(section: str, key: str, imported: bool) -> bool:
+    if imported:
+        return section != "model" or key == "dropout"
+    return f"{section}.{key}" in FREE_ON_RESUME
+
+
+def _newest_meta(workdir: Path) -> dict[str, Any] | None:
+    """What lies beside the newest checkpoint; None where there is none, nothing where it is damaged."""
+    try:
+        with checkpoint.Checkpoints(workdir) as checkpoints:
+            return checkpoints.meta(checkpoints.steps[-1]) if checkpoints.steps else None
+    except UserError:  # the training reports it, and takes the one before it
+        return {}

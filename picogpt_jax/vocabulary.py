@@ -1,4 +1,7 @@
-"""A character vocabulary: text <-> uint16 ids, and the files that hold it (numpy only)."""
+"""A character vocabulary: text <-> uint16 ids, and the files that hold it (numpy only).
+
+`picogpt_jax.tokenizer` has the other kind, GPT-2's byte-pair encoding.
+"""
 
 import dataclasses
 import functools
@@ -81,6 +84,9 @@ class Vocabulary:
         Raises:
             UserError: an id is not in [0, size).
         """
+        return "".join([self.itos[value] for value in self._checked_ids(ids)])
+
+    def _checked_ids(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
         values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if values and not 0 <= min(values) <= max(values) < self.size:
             position = next(index for index, value in enumerate(values) if not 0 <= value < self.size)
@@ -88,7 +94,16 @@ class Vocabulary:
                 f"id {values[position]} at position {position} is outside the vocabulary of {self.size}; "
                 "use the vocabulary that the ids were made with"
             )
-        return "".join([self.itos[value] for value in values])
+        return values
+
+    def n_characters(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> int:
+        """How many characters the tokens `ids` stand for."""
+        return len(ids)
+
+    @property
+    def default_prompt(self) -> str:
+        """What to continue where nothing is asked for: a line break, or the first character where there is none."""
+        return "\n" if "\n" in self.itos else self.itos[0]
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `vocab.json` holds."""
@@ -108,12 +123,19 @@ class Vocabulary:
         return cls(tuple(sorted(set(text))))
 
     @classmethod
-    def from_json(cls, value: Any, source: str) -> Self:
+    def from_json(cls, value: Any, source: str) -> "Vocabulary":
         """Builds the vocabulary that a `vocab.json` or `meta.json` describes; other keys than these are not looked at.
+
+        Returns:
+            a character vocabulary, or a `TokenizerVocabulary` where `type` says so.
 
         Raises:
             UserError: it is not what `to_json` returns, or `vocab_size` contradicts `itos`; `source` is named.
         """
+        if isinstance(value, dict) and value.get("type") == "tokenizer":
+            from picogpt_jax.tokenizer import TokenizerVocabulary  # which is built on this class
+
+            return TokenizerVocabulary.from_json(value, source)
         if not isinstance(value, dict) or value.get("type") != "char" or not isinstance(value.get("itos"), list):
             raise UserError(f'{source} is not a character vocabulary; expected {{"type": "char", "itos": [...]}}')
         itos = value["itos"]
@@ -125,7 +147,7 @@ class Vocabulary:
             raise UserError(f"{source}: {error}") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
         """Reads a `vocab.json` or `meta.json`.
 
         Raises:
@@ -134,7 +156,7 @@ class Vocabulary:
         return cls.from_json(read_json(path), str(path))
 
     @classmethod
-    def from_data_dir(cls, data_dir: str | os.PathLike[str]) -> Self:
+    def from_data_dir(cls, data_dir: str | os.PathLike[str]) -> "Vocabulary":
         """Reads the vocabulary of a prepared data set: `meta.json`, else nanoGPT's `meta.pkl`.
 
         Raises:
@@ -150,7 +172,7 @@ class Vocabulary:
         raise UserError(f"{data_dir} has no meta.json (nor nanoGPT's meta.pkl); make it with: python {command}")
 
     @classmethod
-    def _from_pickle(cls, path: Path) -> Self:
+    def _from_pickle(cls, path: Path) -> "Vocabulary":
         meta = _load_plain_pickle(path)
         itos, stoi = (meta.get(key) if isinstance(meta, dict) else None for key in ("itos", "stoi"))
         if not isinstance(itos, dict) or not isinstance(stoi, dict):

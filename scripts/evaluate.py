@@ -38,11 +38,18 @@ def main() -> None:
         loss, tokens = evaluate_torch()
     else:
         loss, tokens = evaluate_jax(is_int8)
-    bits = loss / 0.6931471805599453
+    bits = loss / 0.6931471805599453 * tokens_per_character(tokens)
     result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
         write_json(JSON.value, result)
     print(f"loss {loss:.6f} nats, {bits:.4f} bits per character, {tokens:,} tokens ({kind}, {RUNTIME.value})")
+
+
+def tokens_per_character(tokens: int) -> float:
+    """Of the text that the targets stand for: 1 where the tokens are characters."""
+    vocabulary = Vocabulary.from_data_dir(DATA.value)
+    targets = Tokens.open(DATA.value, SPLIT.value, 1, vocabulary.size).ids[1 : tokens + 1]
+    return tokens / vocabulary.n_characters(targets)
 
 
 def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
@@ -82,9 +89,9 @@ def evaluate_jax(is_int8: bool) -> tuple[float, int]:
     else:
         source = sources.load_float(MODEL.value)
         config, vocabulary = source.config, source.vocabulary
-        quantized = source.qat and FORWARD.value == "trained"
-        quant = source.run.quant if source.run else convert.FLOAT
-        network, variables = GPT(config, quant, "train" if quantized else "float"), {"params": source.params}
+        is_workdir = sources.recognise(MODEL.value) == "workdir"
+        quantized = source.qat and FORWARD.value == "trained" and is_workdir
+        network, variables = GPT(config, source.quant, "train" if quantized else "float"), {"params": source.params}
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)

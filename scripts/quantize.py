@@ -9,7 +9,9 @@ from picogpt_jax import cli
 from picogpt_jax.devices import set_up_jax
 from picogpt_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of scripts/train.py (its best checkpoint), or a float ckpt.pt.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Workdir of scripts/train.py (its best checkpoint), a float ckpt.pt or a Hugging Face folder."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the int8 model.")
 GRANULARITY = flags.DEFINE_enum(
     "weight_granularity", None, ["per_channel", "per_tensor"], "Scales of the weights. Default: as trained."
@@ -32,7 +34,7 @@ def main() -> None:
     from picogpt_jax import convert, sources
 
     source = sources.load_float(WORKDIR.value)
-    quant = source.run.quant if source.run else convert.FLOAT
+    quant = source.quant
     if GRANULARITY.value:
         quant = dataclasses.replace(quant, weight_granularity=GRANULARITY.value)
     if ACTIVATION_BITS.value:
@@ -40,7 +42,7 @@ def main() -> None:
     training = {
         "step": source.step,
         "val_loss": source.val_loss,
-        "dataset": Path(source.run.data.dir).name if source.run else Path(WORKDIR.value).name,
+        "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
         "quantization_aware": source.qat,
     }
     model = convert.int8_model(source.config, quant, source.params, source.vocabulary, training)

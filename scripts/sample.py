@@ -33,6 +33,8 @@ OVERFLOW = flags.DEFINE_enum(
 SHOW_STATS = flags.DEFINE_bool("show_stats", False, "Print size and speed after the text.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
 
+CHARACTER_BYTES = 4  # at most, in UTF-8
+
 # prompt [B, T], called with each new piece [B, n] -> [B, T + max_new_tokens]
 Generate = Callable[[npt.NDArray[np.int64], Callable[[npt.NDArray[np.integer]], None]], npt.NDArray[np.integer]]
 
@@ -49,19 +51,23 @@ def main() -> None:
 
     shown = prompt.tolist() if NUM_SAMPLES.value == 1 else None
     arrivals: list[float] = []
+    unshown: list[int] = []
     if shown:
         print(vocabulary.decode(shown), end="", flush=True)
 
     def show(piece_BN: npt.NDArray[np.integer]) -> None:
         arrivals.append(time.perf_counter())
-        if shown:
-            print(vocabulary.decode(piece_BN[0]), end="", flush=True)
+        unshown.extend(piece_BN[0].tolist() if shown else ())
+        text = vocabulary.decode(unshown)
+        if not text.endswith("\ufffd") or len(unshown) >= CHARACTER_BYTES:  # a token may end within a character
+            print(text, end="", flush=True)
+            unshown.clear()
 
     loaded = time.perf_counter()
     text_BT = generate(prompt_BT, show)
     seconds = time.perf_counter() - loaded
     if shown:
-        print()
+        print(vocabulary.decode(unshown))
     else:
         for index, row in enumerate(text_BT):
             print(f"--- sample {index + 1}\n{vocabulary.decode(row)}")
@@ -73,9 +79,9 @@ def main() -> None:
 
 
 def start_text(vocabulary: Vocabulary) -> str:
-    """The prompt; by default a line break, or the first character where the vocabulary has none."""
+    """The prompt; by default a line break, where the vocabulary has one."""
     if START.value is None:
-        return "\n" if "\n" in vocabulary.itos else vocabulary.itos[0]
+        return vocabulary.default_prompt
     if START.value.startswith("FILE:"):
         path = Path(START.value.removeprefix("FILE:"))
         try:

@@ -187,9 +187,14 @@ def test_the_int8_model_says_where_it_comes_from(int8: Path, quantized: Done) ->
     assert f"wrote run/int8: {size:,} bytes" in quantized.stdout
 
 
-def test_the_float_file_has_the_float_loss(command: Command, float_loss: float, loss: Callable[..., float]) -> None:
+def test_the_float_file_has_the_float_loss(
+    folder: Path, int8: Path, command: Command, float_loss: float, loss: Callable[..., float]
+) -> None:
     command("scripts/convert.py", "--input=run", "--to=torch", "--output=run/ckpt.pt")
     assert loss("run/ckpt.pt") == pytest.approx(float_loss, abs=1e-6)
+    done = command("scripts/quantize.py", "--workdir=run/ckpt.pt", "--output=again")
+    assert "trained with quantization (QAT)" in done.stdout, "its configuration came along"
+    assert (folder / "again/model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
 
 
 def test_one_scale_for_each_matrix_is_made_and_measured(
@@ -204,6 +209,9 @@ def test_one_scale_for_each_matrix_is_made_and_measured(
     assert float(words[4]) == pytest.approx(loss("run/tensor.pt"), abs=1e-4), "JAX measures the same"
     assert float(words[4]) == pytest.approx(qat_loss, abs=0.05)
     assert float(words[4]) != pytest.approx(qat_loss, abs=1e-5)
+    arguments = ["--input=run/tensor.pt", "--to=torch-int8", "--output=run/same.pt", "--requantize=per_tensor"]
+    done = command("scripts/convert.py", *arguments, "--data=data")
+    assert done.stdout.splitlines()[-1] == f"loss per_tensor {words[4]}, per_tensor {words[4]} nats: +0.000000"
 
 
 def test_a_float_run_is_quantized_after_training(folder: Path, train: Callable[..., Done], command: Command) -> None:

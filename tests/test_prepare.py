@@ -44,6 +44,23 @@ def test_the_files_are_the_documented_ones(tmp_path: Path, capsys: pytest.Captur
     assert f"wrote 54 training and 6 validation tokens to {tmp_path / 'out'}" in summary
 
 
+def test_a_text_for_a_model_that_exists_has_its_vocabulary(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(tuple("world \nheZ"))
+    vocabulary.save(tmp_path / "vocab.json")
+    (tmp_path / "hello.txt").write_text(TEXT)
+    meta = prepare.run_prepare(
+        "x", tmp_path / "out", str(tmp_path / "hello.txt"), vocabulary_file=tmp_path / "vocab.json"
+    )
+    assert meta.vocabulary == vocabulary == Vocabulary.from_data_dir(tmp_path / "out")
+    ids = [np.fromfile(tmp_path / f"out/{split}.bin", "<u2") for split in ("train", "val")]
+    assert vocabulary.decode(np.concatenate(ids)) == TEXT
+    (tmp_path / "hello.txt").write_text(TEXT + "€")
+    with pytest.raises(
+        UserError, match=r"hello.txt, the rest has the character '€' \(U\+20AC\) at position 6, which is"
+    ):
+        prepare.run_prepare("x", tmp_path / "out", str(tmp_path / "hello.txt"), vocabulary_file=tmp_path / "vocab.json")
+
+
 def test_shakespeare_has_the_published_sizes_and_decodes_to_itself(tmp_path: Path, shakespeare_text: str) -> None:
     meta = prepare.prepare_text(shakespeare_text, tmp_path, "shakespeare_char", "input.txt")
     assert (meta.vocabulary.size, meta.train_tokens, meta.val_tokens) == (65, 1_003_854, 111_540)  # nanoGPT's readme

@@ -10,14 +10,17 @@ import pytest
 import torch
 from conftest import ROOT
 from test_int8_model import random_model
+from test_torch_int8_checkpoint import picogpt_file
 from tiny import VOCABULARY, tiny_config
 
 from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.convert import float_arrays
 from picogpt_jax.errors import UserError
+from picogpt_jax.files import write_json
 from picogpt_jax.int8_model import save_int8_model
 from picogpt_jax.sources import load_float, load_int8, recognise
-from picogpt_jax.torch_checkpoint import save_float_checkpoint, save_int8_checkpoint
+from picogpt_jax.torch_checkpoint import save_float_checkpoint
+from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.train import Trainer
 
 INT8 = random_model()
@@ -39,16 +42,18 @@ def write_run(workdir: Path, losses: dict[int, float | None], **changes: Any) ->
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of each: run/, int8/, int8.pt, ckpt.pt."""
+    """A folder with one of each: run/, int8/, int8.pt, ckpt.pt, picogpt.pt, hf/."""
     folder = tmp_path_factory.mktemp("models")
     write_run(folder / "run", {4: 1.5, 8: 1.25, 12: 1.75})
     save_int8_model(INT8, folder / "int8")
     save_int8_checkpoint(INT8, folder / "int8.pt")
     write_ckpt(folder / "run", folder / "ckpt.pt")
+    picogpt_file(folder / "picogpt.pt")
+    write_json(folder / "hf/config.json", {"model_type": "gpt2"})
     return folder
 
 
-def write_ckpt(workdir: Path, path: Path) -> None:
+def write_ckpt(workdir: Path, path: Path, config: dict[str, Any] | None = None) -> None:
     source = load_float(workdir)
     save_float_checkpoint(
         source.config,
@@ -56,7 +61,7 @@ def write_ckpt(workdir: Path, path: Path) -> None:
         path,
         iter_num=source.step,
         best_val_loss=float("inf") if source.val_loss is None else source.val_loss,
-        config={},
+        config=config or {},
         vocabulary=source.vocabulary,
     )
 
@@ -66,6 +71,7 @@ def write_ckpt(workdir: Path, path: Path) -> None:
 
 def test_each_kind_is_recognised(models: Path) -> None:
     kinds = {"run": "workdir", "int8": "int8", "int8.pt": "torch-int8", "ckpt.pt": "torch-float"}
+    kinds |= {"picogpt.pt": "picogpt-int8", "hf": "huggingface"}
     assert {name: recognise(models / name) for name in kinds} == kinds
 
 
@@ -148,6 +154,17 @@ def test_a_float_file_holds_the_parameters_of_its_workdir(models: Path) -> None:
     assert (file.run, file.qat) == (None, False)
 
 
+def test_a_float_file_says_how_it_was_trained(models: Path, tmp_path: Path) -> None:
+    workdir = load_float(models / "run")
+    assert workdir.run is not None
+    write_ckpt(models / "run", tmp_path / "ckpt.pt", workdir.run.to_dict())
+    file = load_float(tmp_path / "ckpt.pt")
+    assert (file.run, file.quant, file.qat) == (workdir.run, workdir.run.quant, True)
+    write_ckpt(models / "run", tmp_path / "ckpt.pt", {"quant": {"mode": "int4"}})
+    with pytest.raises(UserError, match=r"ckpt.pt: config lacks the keys"):
+        load_float(tmp_path / "ckpt.pt")
+
+
 def test_a_run_that_was_never_evaluated_has_no_loss(tmp_path: Path) -> None:
     """A ckpt.pt must hold a number: it says infinity, which no JSON file of ours could."""
     write_run(tmp_path / "run", {3: None})
@@ -162,7 +179,9 @@ def test_a_float_file_of_another_program_has_no_vocabulary(models: Path, tmp_pat
     del content["picogpt_jax"]
     torch.save(content, tmp_path / "nanogpt.pt")
     assert recognise(tmp_path / "nanogpt.pt") == "torch-float"
-    with pytest.raises(UserError, match=r"nanogpt.pt holds no vocabulary; convert it again"):
+    with pytest.raises(
+        UserError, match=r"nanogpt.pt holds no vocabulary; make a workdir of it with scripts.convert.py"
+    ):
         load_float(tmp_path / "nanogpt.pt")
 
 

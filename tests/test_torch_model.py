@@ -12,7 +12,7 @@ from test_int8_model import random_model
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, save_int8_model
-from picogpt_jax.torch_checkpoint import save_int8_checkpoint
+from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.torch_model import (
     EXACT_FEATURES,
     Int8GPT,

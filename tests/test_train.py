@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -457,7 +458,8 @@ def test_a_signal_during_the_last_steps_comes_too_late(
 def resumable(tmp_path: Path) -> Callable[..., None]:
     """Writes a run's folder, then asks whether a run with these changes may go on there."""
     config = tiny_config("data")
-    (tmp_path / "checkpoints").mkdir()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(4, {"x": np.zeros(1)}, {"config": config.to_dict()}, 1.5)
     write_json(tmp_path / "config.json", config.to_dict())
     VOCABULARY.save(tmp_path / "vocab.json")
 
@@ -524,6 +526,28 @@ def test_resume_and_noresume_insist(resumable: Callable[..., None], tmp_path: Pa
     check_resumable(empty, tiny_config(), VOCABULARY, None)
 
 
+def test_a_run_without_a_finished_checkpoint_has_nothing_to_resume(
+    resumable: Callable[..., None], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    resumable()
+    with pytest.raises(UserError, match=r"--resume: .* holds no finished checkpoint yet; leave --resume out to start"):
+        resumable(resume=True)
+    trainer = Trainer(tiny_config("data"))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        state, *rest = train_module.begin(trainer, checkpoints, tmp_path)
+    assert (int(state.step), rest) == (0, [0, math.inf, None])
+    assert capsys.readouterr().out == f"{tmp_path} holds no checkpoint yet: starting at step 0\n"
+
+
+def test_a_damaged_newest_checkpoint_is_no_import(resumable: Callable[..., None], tmp_path: Path) -> None:
+    for path in (tmp_path / "checkpoints/4/meta").iterdir():
+        path.unlink()
+    resumable()
+    with pytest.raises(UserError, match="holds a run with another configuration"):
+        resumable(optimizer__learning_rate=0.02)
+
+
 # ----------------------------------------------------------------------------------------------------- scripts/train.py
 
 
@@ -582,6 +606,7 @@ MISTAKES = {  # what is given beside --config and --config.data.dir -> how the m
     "--workdir=w --config.train.lr=1": "error: a --config flag does not fit: 'lr'; configs/base.py lists the keys",
     "--workdir=w --config.train.batch_size=-3": "error: train.batch_size=-3 is not between 1 and",
     "--workdir=w --config.data.dir=nowhere": "error: nowhere has no meta.json",
+    "--workdir=w --config.data.dir=": "error: --config.data.dir is needed: a folder with train.bin",
 }
 
 
