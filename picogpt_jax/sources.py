@@ -1,4 +1,4 @@
-"""What `--model` and `--input` name: a workdir, an int8 folder, or a PyTorch checkpoint; recognised and loaded.
+"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch checkpoint or a GGUF; recognised and loaded.
 
 JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the other.
 """
@@ -14,7 +14,9 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.vocabulary import Vocabulary
 
-Kind = Literal["workdir", "int8", "torch-int8", "torch-float"]
+Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "gguf"]
+
+GGUF_MAGIC = b"GGUF"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
         return "int8"
     if (path / "checkpoints").is_dir():
         return "workdir"
+    if _is_gguf(path):
+        return "gguf"
     if path.is_file():
         from picogpt_jax.torch_checkpoint import checkpoint_kind, is_torch_checkpoint
 
@@ -60,6 +64,14 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
     )
 
 
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
+
+
 def load_int8(path: str | os.PathLike[str]) -> Int8Model:
     """The int8 model of an int8 folder or a PyTorch int8 file."""
     kind = recognise(path)
@@ -69,6 +81,7 @@ def load_int8(path: str | os.PathLike[str]) -> Int8Model:
         from picogpt_jax.torch_checkpoint import load_int8_checkpoint
 
         return load_int8_checkpoint(path)
+    _refuse_gguf(path, kind)
     raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
 
 
@@ -79,7 +92,19 @@ def load_float(path: str | os.PathLike[str]) -> FloatModel:
         return _load_workdir(path)
     if kind == "torch-float":
         return _load_ckpt(path)
+    _refuse_gguf(path, kind)
     raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
+
+
+def check_gguf(path: str | os.PathLike[str], kind: Kind) -> None:
+    """Raises a UserError if the model at `path` is not what llama.cpp takes."""
+    if kind != "gguf":
+        raise UserError(f"{path} is no GGUF file: make one with scripts/convert.py --to=gguf")
+
+
+def _refuse_gguf(path: str | os.PathLike[str], kind: Kind) -> None:
+    if kind == "gguf":
+        raise UserError(f"{path} is a GGUF file: give --runtime=llama.cpp, or the int8 model that it was made from")
 
 
 def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:

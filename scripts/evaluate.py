@@ -8,9 +8,11 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, or a PyTorch .pt file.")
+MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, a PyTorch .pt file or a GGUF file.")
 DATA = flags.DEFINE_string("data", None, "Folder with train.bin, val.bin and meta.json.")
-RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+RUNTIME = flags.DEFINE_enum(
+    "runtime", "jax", ["jax", "torch", "llama.cpp"], "What computes; torch takes int8 models, llama.cpp GGUF files."
+)
 SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which part of the text.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to evaluate. Default: all.", lower_bound=1)
 FORWARD = flags.DEFINE_enum(
@@ -36,6 +38,8 @@ def main() -> None:
         )
     if RUNTIME.value == "torch":
         loss, tokens = evaluate_torch()
+    elif RUNTIME.value == "llama.cpp":
+        loss, tokens = evaluate_llama_cpp(kind)
     else:
         loss, tokens = evaluate_jax(is_int8)
     bits = loss / 0.6931471805599453
@@ -61,6 +65,15 @@ def evaluate_torch() -> tuple[float, int]:
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
     return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
+
+
+def evaluate_llama_cpp(kind: sources.Kind) -> tuple[float, int]:
+    sources.check_gguf(MODEL.value, kind)
+    from picogpt_jax.llama_cpp_model import LlamaCppModel
+
+    model = LlamaCppModel(MODEL.value)
+    tokens = open_tokens(model.block_size, model.vocabulary)
+    return model.evaluate(tokens.ids, model.block_size), len(tokens) - 1
 
 
 def evaluate_jax(is_int8: bool) -> tuple[float, int]:

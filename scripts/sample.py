@@ -14,8 +14,10 @@ from picogpt_jax import cli, sources
 from picogpt_jax.errors import UserError
 from picogpt_jax.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir (float), an int8 folder, or a PyTorch .pt file.")
-RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+MODEL = flags.DEFINE_string("model", None, "A workdir (float), an int8 folder, a PyTorch .pt file or a GGUF file.")
+RUNTIME = flags.DEFINE_enum(
+    "runtime", "jax", ["jax", "torch", "llama.cpp"], "What computes; torch takes int8 models, llama.cpp GGUF files."
+)
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0)
@@ -42,8 +44,7 @@ def main() -> None:
     if MODEL.value is None:
         raise UserError("--model is needed: a workdir, an int8 folder or a PyTorch .pt file")
     kind = sources.recognise(MODEL.value)
-    load = load_torch if RUNTIME.value == "torch" else load_jax
-    generate, vocabulary, size = load(kind)
+    generate, vocabulary, size = RUNTIMES[RUNTIME.value](kind)
     prompt = vocabulary.encode(start_text(vocabulary), "--start").astype(np.int64)
     prompt_BT = np.tile(prompt, (NUM_SAMPLES.value, 1))
 
@@ -137,6 +138,32 @@ def load_torch(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
     return generate, model.vocabulary, describe_int8(model)
 
 
+def load_llama_cpp(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    sources.check_gguf(MODEL.value, kind)
+    from picogpt_jax.llama_cpp_model import LlamaCppModel
+
+    model = LlamaCppModel(MODEL.value)
+
+    def generate(
+        prompt_BT: npt.NDArray[np.int64], stream: Callable[[npt.NDArray[np.integer]], None]
+    ) -> npt.NDArray[np.integer]:
+        texts = [
+            model.generate(
+                prompt_T,
+                MAX_NEW_TOKENS.value,
+                temperature=TEMPERATURE.value,
+                top_k=TOP_K.value or None,
+                seed=(SEED.value, index),
+                overflow=OVERFLOW.value,
+                callback=lambda token: stream(np.array([[token]])),
+            )
+            for index, prompt_T in enumerate(prompt_BT)
+        ]
+        return np.stack(texts)
+
+    return generate, model.vocabulary, f"{model.description}, {Path(MODEL.value).stat().st_size:,} bytes"
+
+
 def describe_int8(model: Any) -> str:
     from picogpt_jax.int8_model import size_report
 
@@ -146,6 +173,8 @@ def describe_int8(model: Any) -> str:
         f"({size.float32_bytes / size.total_bytes:.2f}x smaller than float32)"
     )
 
+
+RUNTIMES = {"jax": load_jax, "torch": load_torch, "llama.cpp": load_llama_cpp}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,0 +1,176 @@
+"""The GGUF file in llama.cpp itself, where llama-cpp-python is installed: it has to be compiled, for minutes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunScript
+from test_int8_model import random_model
+from tiny import write_data
+
+from picogpt_jax.errors import UserError
+from picogpt_jax.gguf_export import save_gguf
+from picogpt_jax.int8_model import Int8Model, save_int8_model
+from picogpt_jax.torch_model import Int8GPT
+from picogpt_jax.vocabulary import Vocabulary
+
+try:
+    from picogpt_jax.llama_cpp_model import LlamaCppModel, sample
+
+    INSTALLED = True
+except ImportError:
+    INSTALLED = False
+needs_llama_cpp = pytest.mark.skipif(not INSTALLED, reason="needs llama-cpp-python: pip install picogpt_jax[llama-cpp]")
+
+ASCII = Vocabulary(tuple(map(chr, range(128))))
+FULL: dict[str, Any] = dict(granularity="per_tensor", bias=True, activation="gelu_tanh", mlp_ratio=4)
+both = pytest.mark.parametrize("changes", [{}, FULL], ids=["bare", "full"])
+
+
+def load(model: Int8Model, path: Path) -> "LlamaCppModel":
+    save_gguf(model, path)
+    return LlamaCppModel(path)
+
+
+def tokens_of(model: Int8Model, count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.model.vocab_size, count)
+
+
+@needs_llama_cpp
+@both
+def test_llama_cpp_computes_nearly_our_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = random_model(**changes)
+    loaded = load(model, tmp_path / "m.gguf")
+    tokens = tokens_of(model, model.model.block_size)
+    theirs = loaded.logits(tokens)
+    ours = Int8GPT(model)(torch.from_numpy(tokens)[None])[0].numpy()
+    assert theirs.shape == ours.shape
+    spread = ours.std()
+    assert np.abs(theirs - ours).max() < 0.15 * spread, "int8 activations in other blocks, and what the docstring lists"
+    np.testing.assert_array_equal(loaded.logits(tokens), theirs, err_msg="the same again")
+    np.testing.assert_allclose(loaded.logits(tokens[:5]), theirs[:5], rtol=0, atol=0.05 * spread, err_msg="causal")
+
+
+@needs_llama_cpp
+def test_text_is_tokenized_as_ours_and_comes_back(tmp_path: Path) -> None:
+    """By llama.cpp's own tokenizer, which may split at spaces and contractions and take spaces from punctuation."""
+    model = random_model(vocab_size=128)
+    loaded = load(model, tmp_path / "m.gguf")
+    assert loaded.vocabulary == model.vocabulary == ASCII
+    text = "It 's  a no merge , isn't it ?\n\n  \tRE: 'll 12345 \r\n\0\x7f !" + "".join(ASCII.itos[1:])
+    expected = ASCII.encode(text).tolist()
+    assert loaded._llama.tokenize(text.encode(), add_bos=True, special=True) == expected
+    assert loaded._llama.detokenize(expected) == text.encode()
+
+
+@needs_llama_cpp
+def test_the_loss_is_that_of_the_logits(tmp_path: Path) -> None:
+    model = random_model()
+    loaded = load(model, tmp_path / "m.gguf")
+    tokens = tokens_of(model, 2 * 16 + 6)
+    logits = np.concatenate([loaded.logits(tokens[start : start + 16][: 37 - start]) for start in (0, 16, 32)])
+    losses = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(tokens[1:]))
+    assert loaded.evaluate(tokens.astype(np.uint16), 16) == pytest.approx(losses.item(), rel=1e-6)
+    ours = Int8GPT(model).evaluate(tokens, 16)
+    assert loaded.evaluate(tokens, 16) == pytest.approx(ours, abs=0.05)
+    for wrong in (tokens[:1], np.array([0, 11])):
+        with pytest.raises(UserError, match=r"expected at least two|id 11 at position 0 is outside the vocabulary"):
+            loaded.evaluate(wrong, 16)
+    with pytest.raises(UserError, match=r"windows of 17 tokens; the model takes 1 to 16"):
+        loaded.evaluate(tokens, 17)
+    with pytest.raises(UserError, match=r"17 tokens; the model takes 1 to 16"):
+        loaded.logits(tokens[:17])
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("overflow", ["slide", "refill"])
+def test_text_goes_on_past_the_window(tmp_path: Path, overflow: Any) -> None:
+    model = random_model()
+    loaded = load(model, tmp_path / "m.gguf")
+    seen: list[int] = []
+    text = loaded.generate([1, 2, 3], 40, temperature=0, overflow=overflow, callback=seen.append)
+    assert text.tolist() == [1, 2, 3, *seen]
+    assert len(seen) == 40
+    first = 0  # of the window that the next token is drawn from
+    for end in range(3, 43):
+        if end - first > 16:
+            first = end - (16 if overflow == "slide" else 8)
+        logits = loaded.logits(text[first:end])[-1]
+        assert logits[text[end]] > logits.max() - 0.02 * logits.std(), end
+
+
+@needs_llama_cpp
+def test_draws_follow_the_logits_and_the_seed(tmp_path: Path) -> None:
+    logits = np.log(np.array([0.1, 0.6, 0.3], np.float32))
+    generator = np.random.default_rng(0)
+    draws = [sample(logits, 1.0, None, generator) for _ in range(2000)]
+    np.testing.assert_allclose(np.bincount(draws) / 2000, [0.1, 0.6, 0.3], atol=0.04)
+    assert {sample(logits, 1.0, 2, generator) for _ in range(200)} == {1, 2}
+    assert sample(logits, 0.0, None, generator) == 1
+    loaded = load(random_model(), tmp_path / "m.gguf")
+    first, second, other = (loaded.generate([1], 30, seed=seed).tolist() for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@needs_llama_cpp
+def test_what_is_no_gguf_of_ours_is_refused(tmp_path: Path) -> None:
+    save_gguf(random_model(), tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for name, content in (("cut", whole[:-500]), ("text", b"GGUF but not really"), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"llama.cpp: Failed to load model from file: .*convert the model again"):
+            LlamaCppModel(tmp_path / name)
+
+
+@needs_llama_cpp
+def test_the_commands_take_a_gguf(tmp_path: Path, run_script: RunScript) -> None:
+    data = write_data(tmp_path / "data", "abcdefghij \n" * 20)
+    vocabulary = Vocabulary.from_data_dir(data)
+    model = random_model(vocab_size=vocabulary.size)
+    model = Int8Model(**{**vars(model), "vocabulary": vocabulary})
+    save_gguf(model, tmp_path / "m.gguf")
+    done = run_script("scripts/evaluate.py", "--model=m.gguf", "--data=data", "--runtime=llama.cpp", "--json=r.json")
+    assert done.returncode == 0, done.stderr
+    assert "(gguf, llama.cpp)" in done.stdout
+    arguments = ["--runtime=llama.cpp", "--start=abc", "--max_new_tokens=30", "--temperature=0"]
+    done = run_script("scripts/sample.py", "--model=m.gguf", *arguments)
+    assert done.returncode == 0, done.stderr
+    expected = LlamaCppModel(tmp_path / "m.gguf").generate(vocabulary.encode("abc"), 30, temperature=0)
+    assert done.stdout == vocabulary.decode(expected) + "\n"
+    done = run_script("scripts/sample.py", "--model=m.gguf", *arguments, "--num_samples=2", "--show_stats")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(vocabulary.decode(expected)) == 2
+
+
+# ------------------------------------------------------------------------------------- with or without llama-cpp-python
+
+
+def test_without_the_package_the_error_says_how_to_install_it() -> None:
+    code = "import sys; sys.modules['llama_cpp'] = None; import picogpt_jax.llama_cpp_model"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'picogpt_jax[llama-cpp]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["scripts/sample.py", "--model=int8", "--runtime=llama.cpp"], "int8 is no GGUF file: make one with"),
+        (["scripts/evaluate.py", "--model=int8", "--data=d", "--runtime=llama.cpp"], "int8 is no GGUF file: make one"),
+        (["scripts/sample.py", "--model=m.gguf", "--runtime=jax"], "m.gguf is a GGUF file: give --runtime=llama.cpp"),
+        (["scripts/evaluate.py", "--model=m.gguf", "--data=d", "--runtime=torch"], "m.gguf is a GGUF file: give"),
+        (["scripts/convert.py", "--input=m.gguf", "--to=torch", "--output=o"], "m.gguf is a GGUF file"),
+    ],
+)
+def test_a_runtime_that_does_not_fit_is_named(
+    tmp_path: Path, run_script: RunScript, arguments: list[str], expected: str
+) -> None:
+    save_gguf(random_model(), tmp_path / "m.gguf")
+    save_int8_model(random_model(), tmp_path / "int8")
+    done = run_script(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {expected}")
+    assert done.stderr.count("\n") == 1
