@@ -9,6 +9,7 @@ Shapes: T time, V vocabulary.
 
 import ctypes
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,18 @@ from picogpt_jax.vocabulary import Vocabulary
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 
+ERROR_LEVEL = 4  # ggml.h, ggml_log_level
+errors: deque[str] = deque(maxlen=8)  # what llama.cpp reported last
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, user_data: Any) -> None:
+    if level == ERROR_LEVEL:
+        errors.append(text.decode(errors="replace").strip())
+
+
+llama_cpp.llama_log_set(_log, ctypes.c_void_p())  # its log would stand between the text on the terminal
+
 
 class LlamaCppModel:
     """A GGUF file, loaded.
@@ -41,7 +54,8 @@ class LlamaCppModel:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        threads = os.cpu_count() or 1
+        threads = max((os.cpu_count() or 1) // 2, 1)  # they spin while they wait: more make a shared machine crawl
+        errors.clear()
         try:
             self._llama = llama_cpp.Llama(
                 str(path),
@@ -52,7 +66,8 @@ class LlamaCppModel:
                 verbose=False,
             )
         except ValueError as error:
-            raise UserError(f"llama.cpp: {error}; convert the model again with --to=gguf") from None
+            reason = errors[0] if errors else error
+            raise UserError(f"llama.cpp cannot load {path} ({reason}); convert it again with --to=gguf") from None
         metadata = self._llama.metadata
         if metadata.get("general.architecture") != "gpt2":
             raise UserError(f"{path} is of the architecture {metadata.get('general.architecture')}; expected gpt2")

@@ -39,7 +39,9 @@ def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     for name in ("first", "second"):
         with atomic_folder(target) as temporary:
             (temporary / name).write_text(name)
+            (temporary / name).chmod(0o600)
             assert not (target / name).exists()
+    assert stat.S_IMODE((target / "second").stat().st_mode) == 0o644
     assert names(target) == ["second"], "nothing of the first call is left"
     assert names(tmp_path) == ["model"]
 

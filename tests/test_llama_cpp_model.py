@@ -1,5 +1,6 @@
 """The GGUF file in llama.cpp itself, where llama-cpp-python is installed: it has to be compiled, for minutes."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny import write_data
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.gguf_export import save_gguf
-from picogpt_jax.int8_model import Int8Model, save_int8_model
+from picogpt_jax.int8_model import Int8Model, Int8Tensor, save_int8_model
 from picogpt_jax.torch_model import Int8GPT
 from picogpt_jax.vocabulary import Vocabulary
 
@@ -34,6 +35,18 @@ both = pytest.mark.parametrize("changes", [{}, FULL], ids=["bare", "full"])
 def load(model: Int8Model, path: Path) -> "LlamaCppModel":
     save_gguf(model, path)
     return LlamaCppModel(path)
+
+
+def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
+    model, generator = random_model(), np.random.default_rng(1)
+    codes = generator.integers(-127, 128, (vocabulary.size, model.model.n_embd)).astype(np.int8)
+    wte = Int8Tensor(codes, np.full((vocabulary.size, 1), 0.01, np.float32))
+    return dataclasses.replace(
+        model,
+        model=dataclasses.replace(model.model, vocab_size=vocabulary.size),
+        vocabulary=vocabulary,
+        matrices=model.matrices | {"transformer.wte": wte},
+    )
 
 
 def tokens_of(model: Int8Model, count: int) -> np.ndarray:
@@ -58,7 +71,7 @@ def test_llama_cpp_computes_nearly_our_logits(tmp_path: Path, changes: dict[str,
 @needs_llama_cpp
 def test_text_is_tokenized_as_ours_and_comes_back(tmp_path: Path) -> None:
     """By llama.cpp's own tokenizer, which may split at spaces and contractions and take spaces from punctuation."""
-    model = random_model(vocab_size=128)
+    model = with_vocabulary(ASCII)
     loaded = load(model, tmp_path / "m.gguf")
     assert loaded.vocabulary == model.vocabulary == ASCII
     text = "It 's  a no merge , isn't it ?\n\n  \tRE: 'll 12345 \r\n\0\x7f !" + "".join(ASCII.itos[1:])
@@ -120,9 +133,16 @@ def test_draws_follow_the_logits_and_the_seed(tmp_path: Path) -> None:
 def test_what_is_no_gguf_of_ours_is_refused(tmp_path: Path) -> None:
     save_gguf(random_model(), tmp_path / "m.gguf")
     whole = (tmp_path / "m.gguf").read_bytes()
-    for name, content in (("cut", whole[:-500]), ("text", b"GGUF but not really"), ("empty", b"")):
+    renamed = whole.replace(b"blk.1.ffn_up.bias", b"blk.1.ffn_up.bits")
+    files = {
+        "cut": (whole[:-500], "not within the file bounds"),
+        "text": (b"GGUF but not really", "version"),
+        "empty": (b"", ""),
+        "renamed": (renamed, "'blk.1.ffn_up.bias' not found"),
+    }
+    for name, (content, reason) in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"llama.cpp: Failed to load model from file: .*convert the model again"):
+        with pytest.raises(UserError, match=rf"llama.cpp cannot load .*{name} \(.*{reason}.*\); convert it again"):
             LlamaCppModel(tmp_path / name)
 
 
@@ -130,9 +150,7 @@ def test_what_is_no_gguf_of_ours_is_refused(tmp_path: Path) -> None:
 def test_the_commands_take_a_gguf(tmp_path: Path, run_script: RunScript) -> None:
     data = write_data(tmp_path / "data", "abcdefghij \n" * 20)
     vocabulary = Vocabulary.from_data_dir(data)
-    model = random_model(vocab_size=vocabulary.size)
-    model = Int8Model(**{**vars(model), "vocabulary": vocabulary})
-    save_gguf(model, tmp_path / "m.gguf")
+    save_gguf(with_vocabulary(vocabulary), tmp_path / "m.gguf")
     done = run_script("scripts/evaluate.py", "--model=m.gguf", "--data=data", "--runtime=llama.cpp", "--json=r.json")
     assert done.returncode == 0, done.stderr
     assert "(gguf, llama.cpp)" in done.stdout
@@ -140,7 +158,7 @@ def test_the_commands_take_a_gguf(tmp_path: Path, run_script: RunScript) -> None
     done = run_script("scripts/sample.py", "--model=m.gguf", *arguments)
     assert done.returncode == 0, done.stderr
     expected = LlamaCppModel(tmp_path / "m.gguf").generate(vocabulary.encode("abc"), 30, temperature=0)
-    assert done.stdout == vocabulary.decode(expected) + "\n"
+    assert (done.stdout, done.stderr) == (vocabulary.decode(expected) + "\n", "")
     done = run_script("scripts/sample.py", "--model=m.gguf", *arguments, "--num_samples=2", "--show_stats")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(vocabulary.decode(expected)) == 2
