@@ -1,5 +1,7 @@
 """Writes a model in another format: `python scripts/convert.py --input=runs/m/int8 --to=torch-int8 --output=m.pt`."""
 
+from pathlib import Path
+
 from absl import flags
 
 from picogpt_jax import cli, sources
@@ -8,9 +10,13 @@ from picogpt_jax.int8_model import Int8Model
 from picogpt_jax.vocabulary import Vocabulary
 
 INPUT = flags.DEFINE_string("input", None, "A workdir, an int8 folder, or a PyTorch .pt file.")
-OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
-    "to", None, ["torch", "torch-int8"], "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file."
+    "to",
+    None,
+    ["torch", "torch-int8", "huggingface", "gguf"],
+    "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
+    "float with its tokenizer; gguf: a file for llama.cpp, Q8_0.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
@@ -27,20 +33,21 @@ def main() -> None:
         raise UserError(f"--requantize goes with --to=torch-int8, not with --to={TO.value}")
     if DATA.value and not REQUANTIZE.value:
         raise UserError("--data goes with --requantize=per_tensor, whose cost it measures; leave it out")
-    if TO.value == "torch":
-        to_torch()
-    else:
-        to_torch_int8()
+    FORMATS[TO.value]()
 
 
-def to_torch() -> None:
+def load_float() -> sources.FloatModel:
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
+    return sources.load_float(INPUT.value)
+
+
+def to_torch() -> None:
     from picogpt_jax.convert import float_arrays
     from picogpt_jax.torch_checkpoint import save_float_checkpoint
 
-    source = sources.load_float(INPUT.value)
+    source = load_float()
     save_float_checkpoint(
         source.config,
         float_arrays(source.config, source.params),
@@ -68,6 +75,32 @@ def to_torch_int8() -> None:
         print(f"loss per_channel {before:.6f}, per_tensor {after:.6f} nats: {after - before:+.6f}")
 
 
+def to_huggingface() -> None:
+    from picogpt_jax.huggingface import dequantized, save_huggingface
+
+    if sources.recognise(INPUT.value) in ("int8", "torch-int8"):
+        model = sources.load_int8(INPUT.value)
+        save_huggingface(model.model, dequantized(model), model.vocabulary, OUTPUT.value)
+        what = "the dequantized int8 weights"
+    else:
+        from picogpt_jax.convert import float_arrays
+
+        source = load_float()
+        arrays = float_arrays(source.config, source.params)
+        save_huggingface(source.config, arrays, source.vocabulary, OUTPUT.value)
+        what = f"the float parameters of step {source.step:,}"
+        if source.qat:
+            what += ", trained with quantization: give --input=INT8_FOLDER for the weights that it serves"
+    print(f"wrote {OUTPUT.value}: a GPT2LMHeadModel with {what}")
+
+
+def to_gguf() -> None:
+    from picogpt_jax.gguf_export import save_gguf
+
+    save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
+    print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
+
+
 def loss(model: Int8Model) -> float:
     from picogpt_jax.data import Tokens
     from picogpt_jax.torch_model import Int8GPT
@@ -78,6 +111,8 @@ def loss(model: Int8Model) -> float:
     tokens = Tokens.open(DATA.value, "val", config.block_size, config.vocab_size)
     return Int8GPT(model).evaluate(tokens.ids, config.block_size)
 
+
+FORMATS = {"torch": to_torch, "torch-int8": to_torch_int8, "huggingface": to_huggingface, "gguf": to_gguf}
 
 if __name__ == "__main__":
     cli.run(main)

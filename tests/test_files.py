@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_folder, atomic_path, read_json, write_json
+from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -61,6 +61,18 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
         with atomic_folder(tmp_path / "file"):
             pytest.fail("the block must not run")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "new", {"model"})
+    check_replaceable(tmp_path, {"model"})
+    (tmp_path / "model").touch()
+    check_replaceable(tmp_path, {"model", "config"})
+    (tmp_path / "thesis").touch()
+    with pytest.raises(
+        UserError, match=r"is a folder of other files \(thesis\), which would be replaced; name a new one"
+    ):
+        check_replaceable(tmp_path, {"model", "config"})
 
 
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
