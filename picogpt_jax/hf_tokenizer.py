@@ -22,7 +22,7 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         vocabulary: its ids are the token ids.
         block_size: the longest text that the model takes; transformers warns of a longer one.
     """
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE",
         "dropout": None,
         "unk_token": UNKNOWN_TOKEN,
@@ -34,7 +34,7 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         "vocab": {char: index for index, char in enumerate(vocabulary.itos)},
         "merges": [],
     }
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
