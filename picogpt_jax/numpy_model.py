@@ -60,7 +60,7 @@ class Int8Matrix:
     ) -> None:
         # Codes are at most 127: up to `EXACT_FEATURES` products add up to an integer that float32 holds exactly,
         # beyond that float64 does. So a float product of the codes is the int8 product, whatever its order.
-        self.codes_OI = codes.astype(np.float32 if codes.shape[1] <= EXACT_FEATURES else np.float64)
+        self.codes_OI: npt.NDArray[Any] = codes.astype("f4" if codes.shape[1] <= EXACT_FEATURES else "f8")
         self.scale_O1, self.bias, self.activation_bits = scale, bias, activation_bits
 
     def lookup(self, ids: npt.NDArray[np.int64]) -> Array:
@@ -96,14 +96,18 @@ class LayerNorm:
 
 # erf(x) = x P(x^2) / Q(x^2) for small x, and 1 - exp(-x^2) P(x) / Q(x) beyond; highest power first.
 # W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969), as in SPECFUN's CALERF.
-ERF_P = (1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2)
-ERF_P = (*ERF_P, 3.20937758913846947e3)
-ERF_Q = (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3)
-ERFC_P = (2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0, 6.61191906371416295e1)
-ERFC_P = (*ERFC_P, 2.98635138197400131e2, 8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3)
-ERFC_P = (*ERFC_P, 1.23033935479799725e3)
-ERFC_Q = (1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862009858e2, 1.62138957456669019e3)
-ERFC_Q = (*ERFC_Q, 3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3)
+ERF_P, ERF_Q, ERFC_P, ERFC_Q = (
+    np.array(row.split(), np.float64)
+    for row in (
+        "1.85777706184603153e-1 3.16112374387056560e0 1.13864154151050156e2 3.77485237685302021e2 "
+        "3.20937758913846947e3",
+        "1 2.36012909523441209e1 2.44024637934444173e2 1.28261652607737228e3 2.84423683343917062e3",
+        "2.15311535474403846e-8 5.64188496988670089e-1 8.88314979438837594e0 6.61191906371416295e1 "
+        "2.98635138197400131e2 8.81952221241769090e2 1.71204761263407058e3 2.05107837782607147e3 1.23033935479799725e3",
+        "1 1.57449261107098347e1 1.17693950891312499e2 5.37181101862009858e2 1.62138957456669019e3 "
+        "3.29079923573345963e3 4.36261909014324716e3 3.43936767414372164e3 1.23033935480374942e3",
+    )
+)
 
 
 def erf(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
