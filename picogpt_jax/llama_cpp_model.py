@@ -1,17 +1,17 @@
-"""A GGUF file of ours in llama.cpp: logits, loss and text (extra: llama-cpp, which is compiled when it is installed).
+"""A GGUF file of ours in llama.cpp, as a runtime (extra: llama-cpp, which is compiled when it is installed).
 
 llama.cpp computes with its defaults, as it does for everybody; `picogpt_jax.gguf_export` says how that differs from the
 int8 model. Text is encoded by our own code with the vocabulary of the file, so that a character outside it is an error.
 The context never goes beyond the learned positions, where llama.cpp would abort the process.
 
-Shapes: T time, V vocabulary.
+Shapes: B streams, T time, V vocabulary.
 """
 
 import ctypes
+import dataclasses
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,6 @@ except ImportError as error:
 from picogpt_jax.errors import UserError
 from picogpt_jax.vocabulary import Vocabulary
 
-Tokens = Sequence[int] | npt.NDArray[np.integer]
-
 ERROR_LEVEL = 4  # ggml.h, ggml_log_level
 errors: deque[str] = deque(maxlen=8)  # what llama.cpp reported last
 
@@ -41,8 +39,19 @@ def _log(level: int, text: bytes, user_data: Any) -> None:
 llama_cpp.llama_log_set(_log, ctypes.c_void_p())  # its log would stand between the text on the terminal
 
 
-class LlamaCppModel:
-    """A GGUF file, loaded.
+@dataclasses.dataclass(eq=False)
+class Seen:
+    """The tokens of the first positions, int64 [B, T]; llama.cpp itself keeps the keys and values of one stream."""
+
+    tokens: npt.NDArray[np.int64]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+class LlamaCppGPT:
+    """A GGUF file, loaded; a `picogpt_jax.runtime.Runtime`.
 
     Attributes:
         vocabulary: of the file.
@@ -75,107 +84,40 @@ class LlamaCppModel:
         self.block_size = int(metadata["gpt2.context_length"])
         self.description = metadata.get("general.description", "")
 
-    def logits(self, tokens_T: Tokens) -> npt.NDArray[np.float32]:
-        """Logits [T, V] of the next token after each of `tokens_T`, at positions 0 to T - 1.
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    def new_cache(self, batch: int) -> Seen:
+        """A cache of no positions."""
+        return Seen(np.zeros((batch, 0), np.int64))
+
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: Seen | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Logits of the next token at every position, float32 [B, T, V]; `last_only`: at the last, [B, 1, V].
+
+        One stream goes on where it was; of several, each is computed from its first position again.
 
         Raises:
-            UserError: no token, more than `block_size`, or an id outside the vocabulary.
+            ValueError: the positions do not fit into `block_size`.
         """
-        ids = self._checked(tokens_T)
-        if len(ids) > self.block_size:
-            raise UserError(f"{len(ids)} tokens; the model takes 1 to {self.block_size}")
-        self._llama.reset()
-        self._llama.eval(ids)
-        return self._llama.scores[: len(ids)].copy()
+        text_BT = tokens_BT if cache is None else np.concatenate([cache.tokens, tokens_BT], axis=1)
+        if text_BT.shape[1] > self.block_size:
+            raise ValueError(f"{text_BT.shape[1]} positions do not fit into block_size={self.block_size}")
+        if cache is not None:
+            cache.tokens = text_BT
+        wanted = 1 if last_only else tokens_BT.shape[1]
+        return np.stack([self._logits(text_T.tolist())[-wanted:] for text_T in text_BT])
 
-    def evaluate(self, tokens: npt.NDArray[np.integer], block_size: int) -> float:
-        """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
-
-        Args:
-            tokens: token ids, integers [N].
-            block_size: window length; the last window is shorter where N - 1 is no multiple of it.
-
-        Raises:
-            UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
-        """
-        n_targets = len(tokens) - 1
-        if n_targets < 1:
-            raise UserError(f"{len(tokens)} tokens; expected at least two")
-        if not 1 <= block_size <= self.block_size:
-            raise UserError(f"windows of {block_size} tokens; the model takes 1 to {self.block_size}")
-        total = 0.0
-        for start in range(0, n_targets, block_size):
-            window = np.asarray(tokens[start : start + block_size + 1], np.int64)
-            targets_T = np.asarray(self._checked(window[1:]))
-            logits_TV = self.logits(window[:-1]).astype(np.float64)
-            logits_TV -= logits_TV.max(-1, keepdims=True)
-            log_sums_T = np.log(np.exp(logits_TV).sum(-1))
-            total += float((log_sums_T - logits_TV[np.arange(len(targets_T)), targets_T]).sum())
-        return total / n_targets
-
-    def generate(
-        self,
-        tokens_T: Tokens,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int | Sequence[int] = 0,
-        overflow: Literal["slide", "refill"] = "slide",
-        callback: Callable[[int], object] | None = None,
-    ) -> npt.NDArray[np.int64]:
-        """Continues `tokens_T`, of which the model sees the last `block_size`.
-
-        Args:
-            tokens_T: the prompt, at least one token.
-            max_new_tokens: how many tokens to append.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: draw from the k likeliest tokens; None from all.
-            seed: of the draws.
-            overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens
-                for every token; "refill" goes on after the last `block_size // 2` tokens, which is far faster.
-            callback: called with each token as soon as it is drawn.
-
-        Returns:
-            int64 [T + max_new_tokens]: the prompt and what follows.
-
-        Raises:
-            UserError: an empty prompt, or an id outside the vocabulary.
-        """
-        text = self._checked(tokens_T)
-        generator = np.random.default_rng(seed)
-        self._llama.reset()
-        unseen = text[-self.block_size :]
-        for _ in range(max_new_tokens):
-            if self._llama.n_tokens + len(unseen) > self.block_size:
-                kept = self.block_size if overflow == "slide" else max(self.block_size // 2, 1)
-                self._llama.reset()
-                unseen = text[-kept:]
-            self._llama.eval(unseen)
-            token = sample(self._llama.scores[self._llama.n_tokens - 1], temperature, top_k, generator)
-            unseen = [token]
-            text.append(token)
-            if callback is not None:
-                callback(token)
-        return np.asarray(text, np.int64)
-
-    def _checked(self, tokens: Tokens) -> list[int]:
-        ids = [int(token) for token in tokens]
-        self.vocabulary.decode(ids)  # raises for an id that is not in it
-        if not ids:
-            raise UserError("there are no tokens; at least one is needed")
-        return ids
-
-
-def sample(
-    logits_V: npt.NDArray[np.float32], temperature: float, top_k: int | None, generator: np.random.Generator
-) -> int:
-    """Draws one token."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    ids_K = np.argsort(-logits_V, kind="stable")[:top_k]
-    logits_K = logits_V[ids_K].astype(np.float64)
-    weights_K = np.exp((logits_K - logits_K[0]) / temperature)
-    return int(generator.choice(ids_K, p=weights_K / weights_K.sum()))
+    def _logits(self, text: list[int]) -> npt.NDArray[np.float32]:
+        """Logits [T, V] at every position of `text`, of which llama.cpp computes what it has not seen yet."""
+        seen = self._llama.n_tokens
+        if seen >= len(text) or self._llama.input_ids[:seen].tolist() != text[:seen]:
+            self._llama.reset()
+            seen = 0
+        self._llama.eval(text[seen:])
+        return self._llama.scores[: len(text)].copy()
 
 
 def _vocabulary(llama: Any, path: str | os.PathLike[str]) -> Vocabulary:

@@ -1,21 +1,26 @@
-"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch checkpoint or a GGUF; recognised and loaded.
+"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch checkpoint or an export; and loading it.
 
-JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the other.
+JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the others.
 """
 
 import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import Int8Model, is_int8_folder, load_int8_model
+from picogpt_jax.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.vocabulary import Vocabulary
 
-Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "gguf"]
+if TYPE_CHECKING:
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
+    from picogpt_jax.numpy_model import NumpyGPT
+    from picogpt_jax.onnx_model import OnnxGPT
 
+Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "onnx", "gguf"]
+ONNX_FILE = "model.onnx"
 GGUF_MAGIC = b"GGUF"
 
 
@@ -49,6 +54,8 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
         raise UserError(f"{path} does not exist; expected a workdir, an int8 folder or a PyTorch .pt file")
     if is_int8_folder(path):
         return "int8"
+    if (path / ONNX_FILE).is_file():
+        return "onnx"
     if (path / "checkpoints").is_dir():
         return "workdir"
     if _is_gguf(path):
@@ -60,7 +67,7 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
             return "torch-int8" if checkpoint_kind(path) == "int8" else "torch-float"
     raise UserError(
         f"{path} is not a model: expected a workdir of scripts/train.py (with checkpoints/), an int8 folder of "
-        "scripts/quantize.py (with model.safetensors and config.json) or a PyTorch .pt file"
+        "scripts/quantize.py (with model.safetensors and config.json), an ONNX folder, a GGUF or a PyTorch .pt file"
     )
 
 
@@ -81,7 +88,7 @@ def load_int8(path: str | os.PathLike[str]) -> Int8Model:
         from picogpt_jax.torch_checkpoint import load_int8_checkpoint
 
         return load_int8_checkpoint(path)
-    _refuse_gguf(path, kind)
+    _refuse_export(path, kind)
     raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
 
 
@@ -92,19 +99,57 @@ def load_float(path: str | os.PathLike[str]) -> FloatModel:
         return _load_workdir(path)
     if kind == "torch-float":
         return _load_ckpt(path)
-    _refuse_gguf(path, kind)
+    _refuse_export(path, kind)
     raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
 
 
-def check_gguf(path: str | os.PathLike[str], kind: Kind) -> None:
-    """Raises a UserError if the model at `path` is not what llama.cpp takes."""
+def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
+    """The model of an ONNX folder, ready to run."""
+    kind = recognise(path)
+    if kind != "onnx":
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=onnx --output=FOLDER"
+        raise UserError(f"--runtime=onnx takes an ONNX folder, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.onnx_model import OnnxGPT
+
+    return OnnxGPT.load(path)
+
+
+def load_gguf(path: str | os.PathLike[str]) -> "LlamaCppGPT":
+    """The model of a GGUF file in llama.cpp."""
+    kind = recognise(path)
     if kind != "gguf":
-        raise UserError(f"{path} is no GGUF file: make one with scripts/convert.py --to=gguf")
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=gguf --output=FILE.gguf"
+        raise UserError(f"--runtime=llama.cpp takes a GGUF file, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
+
+    return LlamaCppGPT(path)
 
 
-def _refuse_gguf(path: str | os.PathLike[str], kind: Kind) -> None:
-    if kind == "gguf":
-        raise UserError(f"{path} is a GGUF file: give --runtime=llama.cpp, or the int8 model that it was made from")
+def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
+    """What an exporter wrote is for one runtime alone."""
+    exports = {"onnx": "an ONNX folder, which --runtime=onnx", "gguf": "a GGUF file, which --runtime=llama.cpp"}
+    if kind in exports:
+        raise UserError(f"{path} is {exports[kind]} runs; here, give the int8 folder that it was made from")
+
+
+def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
+    """The model of an int8 folder, read by the NumPy runtime itself, and the folder's vocabulary."""
+    kind = recognise(path)
+    if kind != "int8":
+        raise UserError(
+            f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: "
+            "python scripts/quantize.py --workdir=WORKDIR --output=FOLDER"
+        )
+    from picogpt_jax.numpy_model import NumpyGPT
+
+    model, vocabulary = NumpyGPT.load(path), Vocabulary.load(Path(path) / VOCABULARY_FILE)
+    if vocabulary.size != model.vocab_size:
+        raise UserError(
+            f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
+        )
+    return model, vocabulary
 
 
 def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:

@@ -14,9 +14,10 @@ OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["torch", "torch-int8", "huggingface", "gguf"],
+    ["torch", "torch-int8", "huggingface", "gguf", "onnx"],
     "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
-    "float with its tokenizer; gguf: a file for llama.cpp, Q8_0.",
+    "float with its tokenizer; gguf: a file for llama.cpp, Q8_0; onnx: an int8 folder for ONNX Runtime, with Optimum's "
+    "names.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
@@ -101,6 +102,14 @@ def to_gguf() -> None:
     print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
 
 
+def to_onnx() -> None:
+    from picogpt_jax.onnx_export import save_onnx
+
+    save_onnx(sources.load_int8(INPUT.value), OUTPUT.value)
+    size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
+    print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
+
+
 def loss(model: Int8Model) -> float:
     from picogpt_jax.data import Tokens
     from picogpt_jax.torch_model import Int8GPT
@@ -112,7 +121,13 @@ def loss(model: Int8Model) -> float:
     return Int8GPT(model).evaluate(tokens.ids, config.block_size)
 
 
-FORMATS = {"torch": to_torch, "torch-int8": to_torch_int8, "huggingface": to_huggingface, "gguf": to_gguf}
+FORMATS = {
+    "torch": to_torch,
+    "torch-int8": to_torch_int8,
+    "huggingface": to_huggingface,
+    "gguf": to_gguf,
+    "onnx": to_onnx,
+}
 
 if __name__ == "__main__":
     cli.run(main)

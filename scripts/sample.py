@@ -14,9 +14,14 @@ from picogpt_jax import cli, sources
 from picogpt_jax.errors import UserError
 from picogpt_jax.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir (float), an int8 folder, a PyTorch .pt file or a GGUF file.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A workdir (float), an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file."
+)
 RUNTIME = flags.DEFINE_enum(
-    "runtime", "jax", ["jax", "torch", "llama.cpp"], "What computes; torch takes int8 models, llama.cpp GGUF files."
+    "runtime",
+    "jax",
+    ["jax", "torch", "onnx", "numpy", "llama.cpp"],
+    "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF.",
 )
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
@@ -138,30 +143,29 @@ def load_torch(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
     return generate, model.vocabulary, describe_int8(model)
 
 
+def load_onnx(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    model = sources.load_onnx(MODEL.value)
+    size = (Path(MODEL.value) / sources.ONNX_FILE).stat().st_size
+    return shared_loop(model), model.vocabulary, f"{model.config.n_parameters:,} parameters, a file of {size:,} bytes"
+
+
 def load_llama_cpp(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
-    sources.check_gguf(MODEL.value, kind)
-    from picogpt_jax.llama_cpp_model import LlamaCppModel
+    model = sources.load_gguf(MODEL.value)
+    return shared_loop(model), model.vocabulary, f"{model.description}; {Path(MODEL.value).stat().st_size:,} bytes"
 
-    model = LlamaCppModel(MODEL.value)
 
-    def generate(
-        prompt_BT: npt.NDArray[np.int64], stream: Callable[[npt.NDArray[np.integer]], None]
-    ) -> npt.NDArray[np.integer]:
-        texts = [
-            model.generate(
-                prompt_T,
-                MAX_NEW_TOKENS.value,
-                temperature=TEMPERATURE.value,
-                top_k=TOP_K.value or None,
-                seed=(SEED.value, index),
-                overflow=OVERFLOW.value,
-                callback=lambda token: stream(np.array([[token]])),
-            )
-            for index, prompt_T in enumerate(prompt_BT)
-        ]
-        return np.stack(texts)
+def load_numpy(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    model, vocabulary = sources.load_numpy(MODEL.value)
+    return shared_loop(model), vocabulary, describe_int8(sources.load_int8(MODEL.value))
 
-    return generate, model.vocabulary, f"{model.description}, {Path(MODEL.value).stat().st_size:,} bytes"
+
+def shared_loop(model: Any) -> Generate:
+    from picogpt_jax import runtime
+
+    options: dict[str, Any] = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
+    return lambda prompt_BT, stream: runtime.generate(
+        model, prompt_BT, MAX_NEW_TOKENS.value, overflow=OVERFLOW.value, stream=stream, **options
+    )
 
 
 def describe_int8(model: Any) -> str:
@@ -174,7 +178,13 @@ def describe_int8(model: Any) -> str:
     )
 
 
-RUNTIMES = {"jax": load_jax, "torch": load_torch, "llama.cpp": load_llama_cpp}
+RUNTIMES = {
+    "jax": load_jax,
+    "torch": load_torch,
+    "onnx": load_onnx,
+    "numpy": load_numpy,
+    "llama.cpp": load_llama_cpp,
+}
 
 if __name__ == "__main__":
     cli.run(main)

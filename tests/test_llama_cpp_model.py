@@ -13,6 +13,7 @@ from conftest import RunScript
 from test_int8_model import random_model
 from tiny import write_data
 
+from picogpt_jax import runtime
 from picogpt_jax.errors import UserError
 from picogpt_jax.gguf_export import save_gguf
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, save_int8_model
@@ -20,7 +21,7 @@ from picogpt_jax.torch_model import Int8GPT
 from picogpt_jax.vocabulary import Vocabulary
 
 try:
-    from picogpt_jax.llama_cpp_model import LlamaCppModel, sample
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
 
     INSTALLED = True
 except ImportError:
@@ -32,9 +33,9 @@ FULL: dict[str, Any] = dict(granularity="per_tensor", bias=True, activation="gel
 both = pytest.mark.parametrize("changes", [{}, FULL], ids=["bare", "full"])
 
 
-def load(model: Int8Model, path: Path) -> "LlamaCppModel":
+def load(model: Int8Model, path: Path) -> "LlamaCppGPT":
     save_gguf(model, path)
-    return LlamaCppModel(path)
+    return LlamaCppGPT(path)
 
 
 def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
@@ -49,23 +50,35 @@ def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
     )
 
 
-def tokens_of(model: Int8Model, count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, model.model.vocab_size, count)
-
-
 @needs_llama_cpp
 @both
 def test_llama_cpp_computes_nearly_our_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = random_model(**changes)
     loaded = load(model, tmp_path / "m.gguf")
-    tokens = tokens_of(model, model.model.block_size)
-    theirs = loaded.logits(tokens)
-    ours = Int8GPT(model)(torch.from_numpy(tokens)[None])[0].numpy()
+    assert (loaded.block_size, loaded.vocab_size) == (16, 11)
+    tokens = np.random.default_rng(0).integers(0, 11, (3, 16))
+    theirs = loaded.forward(tokens)
+    ours = Int8GPT(model)(torch.from_numpy(tokens)).numpy()
     assert theirs.shape == ours.shape
-    spread = ours.std()
-    assert np.abs(theirs - ours).max() < 0.15 * spread, "int8 activations in other blocks, and what the docstring lists"
-    np.testing.assert_array_equal(loaded.logits(tokens), theirs, err_msg="the same again")
-    np.testing.assert_allclose(loaded.logits(tokens[:5]), theirs[:5], rtol=0, atol=0.05 * spread, err_msg="causal")
+    assert np.abs(theirs - ours).max() < 0.15 * ours.std(), "int8 activations in other blocks, and so on"
+    np.testing.assert_array_equal(loaded.forward(tokens), theirs, err_msg="the same again")
+    np.testing.assert_array_equal(loaded.forward(tokens, last_only=True), theirs[:, -1:])
+    with pytest.raises(ValueError, match=r"17 positions do not fit into block_size=16"):
+        loaded.forward(np.zeros((1, 17), np.int64))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_cache_changes_nothing_but_the_time(tmp_path: Path, batch: int) -> None:
+    loaded = load(random_model(), tmp_path / "m.gguf")
+    tokens = np.random.default_rng(0).integers(0, 11, (batch, 16))
+    whole = loaded.forward(tokens)
+    cache = loaded.new_cache(batch)
+    pieces = [loaded.forward(tokens[:, start : start + 4], cache) for start in (0, 4)]
+    loaded.forward(tokens[:, ::-1].copy())  # another text in between
+    pieces += [loaded.forward(tokens[:, start : start + 1], cache) for start in range(8, 16)]
+    assert cache.length == 16
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=0.02 * whole.std())
 
 
 @needs_llama_cpp
@@ -81,52 +94,25 @@ def test_text_is_tokenized_as_ours_and_comes_back(tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
-def test_the_loss_is_that_of_the_logits(tmp_path: Path) -> None:
+def test_the_loss_is_nearly_ours(tmp_path: Path) -> None:
     model = random_model()
-    loaded = load(model, tmp_path / "m.gguf")
-    tokens = tokens_of(model, 2 * 16 + 6)
-    logits = np.concatenate([loaded.logits(tokens[start : start + 16][: 37 - start]) for start in (0, 16, 32)])
-    losses = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(tokens[1:]))
-    assert loaded.evaluate(tokens.astype(np.uint16), 16) == pytest.approx(losses.item(), rel=1e-6)
-    ours = Int8GPT(model).evaluate(tokens, 16)
-    assert loaded.evaluate(tokens, 16) == pytest.approx(ours, abs=0.05)
-    for wrong in (tokens[:1], np.array([0, 11])):
-        with pytest.raises(UserError, match=r"expected at least two|id 11 at position 0 is outside the vocabulary"):
-            loaded.evaluate(wrong, 16)
-    with pytest.raises(UserError, match=r"windows of 17 tokens; the model takes 1 to 16"):
-        loaded.evaluate(tokens, 17)
-    with pytest.raises(UserError, match=r"17 tokens; the model takes 1 to 16"):
-        loaded.logits(tokens[:17])
+    tokens = np.random.default_rng(0).integers(0, 11, 38)
+    theirs = runtime.evaluate(load(model, tmp_path / "m.gguf"), tokens, 16)
+    assert theirs == pytest.approx(Int8GPT(model).evaluate(tokens, 16), abs=0.05)
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("overflow", ["slide", "refill"])
 def test_text_goes_on_past_the_window(tmp_path: Path, overflow: Any) -> None:
-    model = random_model()
-    loaded = load(model, tmp_path / "m.gguf")
-    seen: list[int] = []
-    text = loaded.generate([1, 2, 3], 40, temperature=0, overflow=overflow, callback=seen.append)
-    assert text.tolist() == [1, 2, 3, *seen]
-    assert len(seen) == 40
+    loaded = load(random_model(), tmp_path / "m.gguf")
+    text = runtime.generate(loaded, np.array([[1, 2, 3]]), 40, temperature=0, overflow=overflow)[0]
+    assert len(text) == 43
     first = 0  # of the window that the next token is drawn from
     for end in range(3, 43):
         if end - first > 16:
             first = end - (16 if overflow == "slide" else 8)
-        logits = loaded.logits(text[first:end])[-1]
+        logits = loaded.forward(text[None, first:end])[0, -1]
         assert logits[text[end]] > logits.max() - 0.02 * logits.std(), end
-
-
-@needs_llama_cpp
-def test_draws_follow_the_logits_and_the_seed(tmp_path: Path) -> None:
-    logits = np.log(np.array([0.1, 0.6, 0.3], np.float32))
-    generator = np.random.default_rng(0)
-    draws = [sample(logits, 1.0, None, generator) for _ in range(2000)]
-    np.testing.assert_allclose(np.bincount(draws) / 2000, [0.1, 0.6, 0.3], atol=0.04)
-    assert {sample(logits, 1.0, 2, generator) for _ in range(200)} == {1, 2}
-    assert sample(logits, 0.0, None, generator) == 1
-    loaded = load(random_model(), tmp_path / "m.gguf")
-    first, second, other = (loaded.generate([1], 30, seed=seed).tolist() for seed in (1, 1, 2))
-    assert first == second != other
 
 
 @needs_llama_cpp
@@ -143,7 +129,7 @@ def test_what_is_no_gguf_of_ours_is_refused(tmp_path: Path) -> None:
     for name, (content, reason) in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"llama.cpp cannot load .*{name} \(.*{reason}.*\); convert it again"):
-            LlamaCppModel(tmp_path / name)
+            LlamaCppGPT(tmp_path / name)
 
 
 @needs_llama_cpp
@@ -157,7 +143,8 @@ def test_the_commands_take_a_gguf(tmp_path: Path, run_script: RunScript) -> None
     arguments = ["--runtime=llama.cpp", "--start=abc", "--max_new_tokens=30", "--temperature=0"]
     done = run_script("scripts/sample.py", "--model=m.gguf", *arguments)
     assert done.returncode == 0, done.stderr
-    expected = LlamaCppModel(tmp_path / "m.gguf").generate(vocabulary.encode("abc"), 30, temperature=0)
+    prompt = vocabulary.encode("abc")[None]
+    expected = runtime.generate(LlamaCppGPT(tmp_path / "m.gguf"), prompt, 30, temperature=0)[0]
     assert (done.stdout, done.stderr) == (vocabulary.decode(expected) + "\n", "")
     done = run_script("scripts/sample.py", "--model=m.gguf", *arguments, "--num_samples=2", "--show_stats")
     assert done.returncode == 0, done.stderr
@@ -176,11 +163,11 @@ def test_without_the_package_the_error_says_how_to_install_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["scripts/sample.py", "--model=int8", "--runtime=llama.cpp"], "int8 is no GGUF file: make one with"),
-        (["scripts/evaluate.py", "--model=int8", "--data=d", "--runtime=llama.cpp"], "int8 is no GGUF file: make one"),
-        (["scripts/sample.py", "--model=m.gguf", "--runtime=jax"], "m.gguf is a GGUF file: give --runtime=llama.cpp"),
-        (["scripts/evaluate.py", "--model=m.gguf", "--data=d", "--runtime=torch"], "m.gguf is a GGUF file: give"),
-        (["scripts/convert.py", "--input=m.gguf", "--to=torch", "--output=o"], "m.gguf is a GGUF file"),
+        (["sample.py", "--model=int8", "--runtime=llama.cpp"], r"--runtime=llama.cpp takes a GGUF file, not int8"),
+        (["evaluate.py", "--model=int8", "--data=d", "--runtime=llama.cpp"], "--runtime=llama.cpp takes a GGUF"),
+        (["sample.py", "--model=m.gguf"], "m.gguf is a GGUF file, which --runtime=llama.cpp runs; here, give"),
+        (["evaluate.py", "--model=m.gguf", "--data=d", "--runtime=torch"], "m.gguf is a GGUF file, which"),
+        (["convert.py", "--input=m.gguf", "--to=torch", "--output=o"], "m.gguf is a GGUF file, which"),
     ],
 )
 def test_a_runtime_that_does_not_fit_is_named(
@@ -188,7 +175,7 @@ def test_a_runtime_that_does_not_fit_is_named(
 ) -> None:
     save_gguf(random_model(), tmp_path / "m.gguf")
     save_int8_model(random_model(), tmp_path / "int8")
-    done = run_script(*arguments)
+    done = run_script(f"scripts/{arguments[0]}", *arguments[1:])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {expected}")
     assert done.stderr.count("\n") == 1
