@@ -1,20 +1,11 @@
 """How fast training and decoding are on the machine at hand, beside PyTorch: `python scripts/benchmark.py`.
 
-Machines drift: clocks sink with heat, neighbours come and go. So all contenders take turns (A B C A B C ...), and only
-figures of one run are compared, by their medians over the rounds. The first turn of each, which compiles, stands apart.
-
 "JAX" is this library; "PyTorch" is picoGPT's way of doing the same (`picogpt_jax.torch_baseline`).
 """
 
 import dataclasses
 import math
-import os
-import platform
 import re
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -25,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from picogpt_jax.benchmark_report import Comparison, Figures, Timing, Work, make_report, take_turns
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens
 from picogpt_jax.devices import compiler_options
@@ -33,9 +25,6 @@ from picogpt_jax.generate import Generator, Overflow
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, Quantization
 from picogpt_jax.train import Batches, Trainer
 from picogpt_jax.vocabulary import Vocabulary
-
-Work = Callable[[], object]  # a fixed amount of work; returns when it is done
-Figures = dict[str, float]
 
 CORPUS_TOKENS = 100_000
 MATMUL_SHAPE = (4096, 192, 576)  # rows, in, out: c_attn of the default model on a batch of 32 x 128
@@ -53,57 +42,6 @@ PEAK_FLOPS = {
     r"TPU v5p?": 459e12,
     r"TPU v6( lite|e)": 918e12,
 }
-CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-
-# How a figure is printed: key -> (heading, format, divisor).
-COLUMNS = {
-    "step_time_ms": ("ms/step", ".1f", 1),
-    "step_time_ms_min": ("min", ".1f", 1),
-    "tokens_per_second": ("tokens/s", ",.0f", 1),
-    "tokens_per_second_max": ("max", ",.0f", 1),
-    "flops_per_second": ("GFLOP/s", ",.1f", 1e9),
-    "share_of_float32_matmul": ("of float32 matmul", ".1%", 1),
-    "mfu": ("MFU", ".1%", 1),
-    "first_call_seconds": ("first call s", ".1f", 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender: its first turn, and one turn for each round."""
-
-    first: float
-    rounds: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
-
-    @property
-    def best(self) -> float:
-        return min(self.rounds)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Time of `over` divided by that of `under`, and what it should be."""
-
-    over: str
-    under: str
-    target: str
-    goal: str = ""
-
-    def result(self, timings: Mapping[str, Timing]) -> dict[str, Any]:
-        over, under = timings[self.over], timings[self.under]
-        return {
-            "name": f"time of {self.over} / {self.under}",
-            "of_medians": over.median / under.median,
-            "of_minima": over.best / under.best,
-            "target": self.target,
-            "goal": self.goal,
-        }
-
-
 TRAIN_COMPARISONS = (
     Comparison("PyTorch QAT", "JAX QAT", ">= 3.0", ">= 4.0"),
     Comparison("PyTorch float", "JAX QAT", ">= 2.3", ">= 3.0"),
@@ -113,22 +51,6 @@ DECODE_COMPARISONS = (  # so small a model can be faster with one thread than wi
     Comparison("PyTorch slide, 1 stream", "JAX slide, 1 stream", ">= 2.0"),
     Comparison("PyTorch slide, 1 thread", "JAX slide, 1 stream", ">= 2.0"),
 )
-
-
-def take_turns(contenders: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
-    """Runs every contender once, then `rounds` times all of them in turn."""
-    first = {name: _seconds(work) for name, work in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, work in contenders.items():
-            seconds[name].append(_seconds(work))
-    return {name: Timing(first[name], seconds[name]) for name in contenders}
-
-
-def _seconds(work: Work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[str, Any]:
@@ -163,7 +85,7 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
     for name in matmuls:
         figures[name] = {"flops_per_second": 2 * math.prod(MATMUL_SHAPE) * MATMULS / timings[name].median}
     _add_shares(figures, list(steps), qat.trainer.mesh.size)
-    return _report("train", settings, figures, timings, TRAIN_COMPARISONS)
+    return make_report("train", settings, figures, timings, TRAIN_COMPARISONS)
 
 
 def _random_tokens(config: Config) -> Tokens:
@@ -283,7 +205,7 @@ def benchmark_decoding(
         }
         for name, timing in timings.items()
     }
-    return _report("decode", settings, figures, timings, DECODE_COMPARISONS)
+    return make_report("decode", settings, figures, timings, DECODE_COMPARISONS)
 
 
 def random_int8_model(config: ModelConfig) -> Int8Model:
@@ -322,94 +244,3 @@ def _torch_baseline() -> tuple[ModuleType, str]:
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one device, or None for one that is not in the table."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if re.fullmatch(kind, device_kind)), None)
-
-
-def _report(
-    what: str,
-    settings: dict[str, Any],
-    figures: Mapping[str, Figures],
-    timings: Mapping[str, Timing],
-    comparisons: tuple[Comparison, ...],
-) -> dict[str, Any]:
-    measured = [item for item in comparisons if item.over in timings and item.under in timings]
-    return {
-        "benchmark": what,
-        "machine": machine(),
-        "versions": versions(),
-        "settings": settings,
-        "figures": figures,
-        "ratios": [item.result(timings) for item in measured],
-        "seconds": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
-    }
-
-
-def machine() -> dict[str, Any]:
-    """The CPU's name and those of its features that matter here, the cores that may be used, and JAX's devices."""
-    name, features = _cpu()
-    devices = jax.devices()
-    return {
-        "cpu": name,
-        "cpu_features": features,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-    }
-
-
-def _cpu() -> tuple[str, list[str]]:
-    """Linux tells both, other systems the name only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    found = fields.get("flags", fields.get("features", "")).split()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, [feature for feature in CPU_FEATURES if feature in found]
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide about speed, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "torch"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """The report as text: the machine, a table of figures (medians, unless it says min or max) and one of ratios."""
-    machine, figures = report["machine"], report["figures"]
-    keys = [key for key in COLUMNS if any(key in row for row in figures.values())]
-    rows = [["", *(COLUMNS[key][0] for key in keys)]]
-    rows += [[name, *(_cell(key, row.get(key)) for key in keys)] for name, row in figures.items()]
-    ratios = [["ratio", "of medians", "of minima", "target", "goal"]]
-    for item in report["ratios"]:
-        numbers = [f"{item[key]:.2f}" for key in ("of_medians", "of_minima")]
-        ratios.append([item["name"], *numbers, item["target"], item["goal"]])
-    settings = {key: value for key, value in report["settings"].items() if not isinstance(value, dict)}
-    lines = [
-        f"{machine['cpu']} ({' '.join(machine['cpu_features'])}), {machine['cores']} cores; "
-        f"{machine['devices']} {machine['platform']} devices ({machine['device_kind']})",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        ", ".join(f"{name} {value}" for name, value in settings.items()),
-        "",
-        *_table(rows),
-        "",
-        *(_table(ratios) if report["ratios"] else []),
-    ]
-    return "\n".join(lines).rstrip()
-
-
-def _cell(key: str, value: float | None) -> str:
-    _, form, divisor = COLUMNS[key]
-    return "" if value is None else format(value / divisor, form)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Aligned lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes files for their owner alone
         if path.exists():
             discarded = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, discarded / path.name)
@@ -66,6 +69,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: str | os.PathLike[str], names: Collection[str]) -> None:
+    """Refuses a folder that holds anything but the files `names`, before `atomic_folder` replaces it as a whole.
+
+    Raises:
+        UserError: it does.
+    """
+    folder = Path(folder)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
+    if others:
+        raise UserError(f"{folder} is a folder of other files ({others[0]}), which would be replaced; name a new one")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -1,22 +1,29 @@
-"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch file or a Hugging Face folder, loaded.
+"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch file, a Hugging Face folder, or an export.
 
-JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the other.
+JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the others.
 """
 
 import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from picogpt_jax.config import Config, ModelConfig, QuantConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.import_huggingface import is_huggingface_folder, load_huggingface
-from picogpt_jax.int8_model import Int8Model, errors_in, is_int8_folder, load_int8_model
+from picogpt_jax.int8_model import VOCABULARY_FILE, Int8Model, errors_in, is_int8_folder, load_int8_model
 from picogpt_jax.tokenizer import TOKENIZER_FILE, read_tokenizer
 from picogpt_jax.vocabulary import Vocabulary
 
-Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface"]
+if TYPE_CHECKING:
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
+    from picogpt_jax.numpy_model import NumpyGPT
+    from picogpt_jax.onnx_model import OnnxGPT
+
+Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
+ONNX_FILE = "model.onnx"
+GGUF_MAGIC = b"GGUF"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +61,12 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
         )
     if is_int8_folder(path):
         return "int8"
+    if (path / ONNX_FILE).is_file():
+        return "onnx"
     if (path / "checkpoints").is_dir():
         return "workdir"
+    if _is_gguf(path):
+        return "gguf"
     if path.is_file():
         from picogpt_jax.torch_file import checkpoint_kind, is_torch_checkpoint
 
@@ -66,8 +77,17 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
         return "huggingface"
     raise UserError(
         f"{path} is not a model: expected a workdir of scripts/train.py (with checkpoints/), an int8 folder of "
-        "scripts/quantize.py (with model.safetensors and config.json), a PyTorch .pt file or a Hugging Face folder"
+        "scripts/quantize.py (with model.safetensors and config.json), a PyTorch .pt file, a Hugging Face folder, an "
+        "ONNX folder or a GGUF file"
     )
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def load_int8(path: str | os.PathLike[str]) -> Int8Model:
@@ -79,6 +99,7 @@ def load_int8(path: str | os.PathLike[str]) -> Int8Model:
         from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 
         return load_int8_checkpoint(path)
+    _refuse_export(path, kind)
     raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
 
 
@@ -99,6 +120,7 @@ def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | 
     elif kind == "huggingface":
         source = _load_huggingface(path, data_dir)
     else:
+        _refuse_export(path, kind)
         raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
     check_vocabulary(source.vocabulary, source.config, path, data_dir)
     return source
@@ -125,6 +147,55 @@ def _vocabulary_in(data_dir: str | os.PathLike[str], size: int) -> Vocabulary:
     if not is_prepared and (Path(data_dir) / TOKENIZER_FILE).is_file():
         return read_tokenizer(data_dir, size)
     return Vocabulary.from_data_dir(data_dir)
+
+
+def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
+    """The model of an ONNX folder, ready to run."""
+    kind = recognise(path)
+    if kind != "onnx":
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=onnx --output=FOLDER"
+        raise UserError(f"--runtime=onnx takes an ONNX folder, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.onnx_model import OnnxGPT
+
+    return OnnxGPT.load(path)
+
+
+def load_gguf(path: str | os.PathLike[str]) -> "LlamaCppGPT":
+    """The model of a GGUF file in llama.cpp."""
+    kind = recognise(path)
+    if kind != "gguf":
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=gguf --output=FILE.gguf"
+        raise UserError(f"--runtime=llama.cpp takes a GGUF file, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
+
+    return LlamaCppGPT(path)
+
+
+def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
+    """What an exporter wrote is for one runtime alone."""
+    exports = {"onnx": "an ONNX folder, which --runtime=onnx", "gguf": "a GGUF file, which --runtime=llama.cpp"}
+    if kind in exports:
+        raise UserError(f"{path} is {exports[kind]} runs; here, give the int8 folder that it was made from")
+
+
+def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
+    """The model of an int8 folder, read by the NumPy runtime itself, and the folder's vocabulary."""
+    kind = recognise(path)
+    if kind != "int8":
+        raise UserError(
+            f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: "
+            "python scripts/quantize.py --workdir=WORKDIR --output=FOLDER"
+        )
+    from picogpt_jax.numpy_model import NumpyGPT
+
+    model, vocabulary = NumpyGPT.load(path), Vocabulary.load(Path(path) / VOCABULARY_FILE)
+    if vocabulary.size != model.vocab_size:
+        raise UserError(
+            f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
+        )
+    return model, vocabulary
 
 
 def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:

@@ -216,18 +216,25 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.weight_int8.float() * self.weight_scale, self.bias)
 
 
-def dequantizing(model: Int8Model) -> GPT:
-    """The model of picoGPT's int8 sampler: `Int8Linear` layers with one scale each, and float embeddings."""
-    model = requantize_per_tensor(model)
+def dequantized(model: Int8Model) -> GPT:
+    """The int8 model in float: its weights are codes * scale."""
     gpt = GPT(model.model)
     matrices = model.matrices | {"lm_head": model.matrices["transformer.wte"]}
     tensors = {f"{name}.weight": matrix.dequantize() for name, matrix in matrices.items()} | model.vectors
     gpt.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
+    return gpt.eval()
+
+
+def dequantizing(model: Int8Model) -> GPT:
+    """The model of picoGPT's int8 sampler: `Int8Linear` layers with one scale each, and float embeddings."""
+    model = requantize_per_tensor(model)
+    gpt = dequantized(model)
+    matrices = model.matrices | {"lm_head": model.matrices["transformer.wte"]}
     linear = {name: module for name, module in gpt.named_modules() if isinstance(module, nn.Linear)}
     for name, module in linear.items():
         bias = None if module.bias is None else module.bias.detach()
         gpt.set_submodule(name, Int8Linear(matrices[name], bias))
-    return gpt.eval()
+    return gpt
 
 
 class Decoding:

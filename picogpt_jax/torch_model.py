@@ -14,11 +14,9 @@ I input features, O output features of a matmul.
 """
 
 import functools
-import math
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +31,9 @@ except ImportError as error:
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, Int8Tensor, is_int8_folder, load_int8_model
+from picogpt_jax.runtime import Overflow, check_generation
 from picogpt_jax.torch_file import is_torch_checkpoint
 from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
-
-Overflow = Literal["slide", "refill"]
 
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
 
@@ -302,7 +299,7 @@ class Int8GPT(nn.Module):
         Raises:
             UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
         """
-        _check_generation(max_new_tokens, temperature, top_k, seed, overflow)
+        check_generation(max_new_tokens, temperature, top_k, seed, overflow)
         device = self.wte.codes.device
         tokens_BT = _checked_tokens(tokens_BT, self.config.vocab_size, "the prompt").to(device)
         generator = torch.Generator().manual_seed(seed)
@@ -368,19 +365,6 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: 
         -1
     )  # the shift keeps this from overflowing
     return ids_BK.gather(1, probabilities_BK.multinomial(1, generator=generator)).to(logits_BV.device)
-
-
-def _check_generation(max_new_tokens: int, temperature: float, top_k: int | None, seed: int, overflow: str) -> None:
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens} is negative")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature={temperature} is not a finite number >= 0")
-    if top_k is not None and top_k < 0:
-        raise UserError(f"top_k={top_k} is negative; 0 draws from all tokens")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} is not in [0, 2**63)")
-    if overflow not in ("slide", "refill"):
-        raise UserError(f"overflow={overflow!r} is not one of 'slide', 'refill'")
 
 
 def _checked_tokens(ids: Tensor, vocab_size: int, source: str) -> Tensor:

@@ -1,6 +1,7 @@
-"""Measures the speed on this machine, ours beside PyTorch's: `python scripts/benchmark.py train|decode [--json=FILE]`.
+"""Measures the speed on this machine, ours beside PyTorch's: `python scripts/benchmark.py WHAT [--json=FILE]`.
 
-train: the default model, QAT and float. decode: int8 text generation. Run it on an otherwise idle machine.
+train: the default model, QAT and float. decode: int8 text generation in JAX. serve: int8 text generation and prompts in
+ONNX Runtime. Run it on an otherwise idle machine.
 """
 
 import sys
@@ -20,14 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ import configs.base
 VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
 
-WHAT = flags.DEFINE_enum("what", None, ["train", "decode"], "What to measure; also the first argument.")
+WHAT = flags.DEFINE_enum("what", None, ["train", "decode", "serve"], "What to measure; also the first argument.")
 JSON = flags.DEFINE_string("json", None, "File for the machine, versions, figures and ratios.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where to run.")
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(ROOT / "configs" / "base.py"), "Configuration of the model and its training.", lock_config=True
 )
-MODEL = flags.DEFINE_string("model", None, "decode: an int8 folder. Default: random weights, of the size in --config.")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 2000, "decode: tokens for each stream, refill.", lower_bound=1)
+MODEL = flags.DEFINE_string(
+    "model", None, "decode, serve: an int8 folder. Default: random weights, of the size in --config."
+)
+NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 2000, "decode, serve: tokens for each stream (decode: refill).", lower_bound=1
+)
 SLIDE_TOKENS = flags.DEFINE_integer("slide_tokens", 500, "decode: tokens of the stream, slide.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often everything is measured, in turn.", lower_bound=1)
 TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
@@ -35,15 +40,17 @@ TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
 
 def main() -> None:
     if WHAT.value is None:
-        raise UserError("say what to measure: python scripts/benchmark.py train, or decode")
-    if MODEL.value is not None and WHAT.value != "decode":
-        raise UserError("--model is for decode only; train has random weights of the size in --config: leave it out")
+        raise UserError("say what to measure: python scripts/benchmark.py train, decode or serve")
+    if MODEL.value is not None and WHAT.value == "train":
+        raise UserError(
+            "--model is for decode and serve; train has random weights of the size in --config: leave it out"
+        )
     set_up_jax(DEVICE.value)
     sections = cli.config_sections(CONFIG)
     if sections["model"]["vocab_size"] is None:
         sections["model"]["vocab_size"] = VOCAB_SIZE
     report = measure(Config.from_dict(sections))
-    from picogpt_jax.benchmark import format_report
+    from picogpt_jax.benchmark_report import format_report
 
     print(format_report(report))
     if JSON.value is not None:
@@ -57,6 +64,10 @@ def measure(config: Config) -> dict[str, Any]:
     if WHAT.value == "train":
         return benchmark.benchmark_training(config, ROUNDS.value, TORCH.value)
     model = benchmark.random_int8_model(config.model) if MODEL.value is None else load_int8_model(MODEL.value)
+    if WHAT.value == "serve":
+        from picogpt_jax.benchmark_serving import benchmark_serving
+
+        return benchmark_serving(model, NEW_TOKENS.value, ROUNDS.value, TORCH.value)
     return benchmark.benchmark_decoding(model, NEW_TOKENS.value, SLIDE_TOKENS.value, ROUNDS.value, TORCH.value)
 
 

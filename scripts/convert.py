@@ -19,9 +19,10 @@ OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["torch", "torch-int8", "checkpoint"],
-    "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; checkpoint: a workdir to train further, of any "
-    "model.",
+    ["torch", "torch-int8", "huggingface", "gguf", "onnx", "checkpoint"],
+    "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
+    "float with its tokenizer; gguf: a file for llama.cpp, Q8_0; onnx: an int8 folder for ONNX Runtime, with Optimum's "
+    "names; checkpoint: a workdir to train further, of any model.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
@@ -43,12 +44,7 @@ def main() -> None:
         raise UserError(f"--requantize goes with --to=torch-int8, not with --to={TO.value}")
     if DATA.value and not REQUANTIZE.value and TO.value != "checkpoint":
         raise UserError("--data goes with --requantize=per_tensor, whose cost it measures; leave it out")
-    if TO.value == "checkpoint":
-        to_checkpoint()
-    elif TO.value == "torch":
-        to_torch()
-    else:
-        to_torch_int8()
+    FORMATS[TO.value]()
 
 
 def to_checkpoint() -> None:
@@ -64,14 +60,18 @@ def to_checkpoint() -> None:
     print(f"train it with: python scripts/train.py --config=configs/finetune.py --workdir={OUTPUT.value}")
 
 
-def to_torch() -> None:
+def load_float() -> sources.FloatModel:
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
+    return sources.load_float(INPUT.value)
+
+
+def to_torch() -> None:
     from picogpt_jax.convert import float_arrays
     from picogpt_jax.torch_checkpoint import save_float_checkpoint
 
-    source = sources.load_float(INPUT.value)
+    source = load_float()
     save_float_checkpoint(
         source.config,
         float_arrays(source.config, source.params),
@@ -100,6 +100,40 @@ def to_torch_int8() -> None:
         print(f"loss {granularity} {before:.6f}, per_tensor {after:.6f} nats: {after - before:+.6f}")
 
 
+def to_huggingface() -> None:
+    from picogpt_jax.huggingface import dequantized, save_huggingface
+
+    if sources.recognise(INPUT.value) in ("int8", "torch-int8"):
+        model = sources.load_int8(INPUT.value)
+        save_huggingface(model.model, dequantized(model), model.vocabulary, OUTPUT.value)
+        what = "the dequantized int8 weights"
+    else:
+        from picogpt_jax.convert import float_arrays
+
+        source = load_float()
+        arrays = float_arrays(source.config, source.params)
+        save_huggingface(source.config, arrays, source.vocabulary, OUTPUT.value)
+        what = f"the float parameters of step {source.step:,}"
+        if source.qat:
+            what += ", trained with quantization: give --input=INT8_FOLDER for the weights that it serves"
+    print(f"wrote {OUTPUT.value}: a GPT2LMHeadModel with {what}")
+
+
+def to_gguf() -> None:
+    from picogpt_jax.gguf_export import save_gguf
+
+    save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
+    print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
+
+
+def to_onnx() -> None:
+    from picogpt_jax.onnx_export import save_onnx
+
+    save_onnx(sources.load_int8(INPUT.value), OUTPUT.value)
+    size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
+    print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
+
+
 def loss(model: Int8Model) -> float:
     from picogpt_jax.data import Tokens
     from picogpt_jax.torch_model import Int8GPT
@@ -110,6 +144,15 @@ def loss(model: Int8Model) -> float:
     tokens = Tokens.open(DATA.value, "val", config.block_size, config.vocab_size)
     return Int8GPT(model).evaluate(tokens.ids, config.block_size)
 
+
+FORMATS = {
+    "torch": to_torch,
+    "torch-int8": to_torch_int8,
+    "huggingface": to_huggingface,
+    "gguf": to_gguf,
+    "onnx": to_onnx,
+    "checkpoint": to_checkpoint,
+}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,5 +1,7 @@
 """The loss of a model: `python scripts/evaluate.py --model=runs/debug/int8 --data=data/stdlib_char`."""
 
+from typing import Any
+
 from absl import flags
 
 from picogpt_jax import cli, sources
@@ -8,9 +10,14 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, or a PyTorch .pt file.")
+MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file.")
 DATA = flags.DEFINE_string("data", None, "Folder with train.bin, val.bin and meta.json.")
-RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+RUNTIME = flags.DEFINE_enum(
+    "runtime",
+    "jax",
+    ["jax", "torch", "onnx", "numpy", "llama.cpp"],
+    "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF.",
+)
 SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which part of the text.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to evaluate. Default: all.", lower_bound=1)
 FORWARD = flags.DEFINE_enum(
@@ -29,15 +36,17 @@ def main() -> None:
     if MODEL.value is None or DATA.value is None:
         raise UserError("--model and --data are needed, e.g. --model=runs/debug/int8 --data=data/stdlib_char")
     kind = sources.recognise(MODEL.value)
-    is_int8 = kind in ("int8", "torch-int8")
+    is_int8 = kind in ("int8", "torch-int8", "onnx", "gguf")
     if is_int8 and FORWARD.value == "float":
         raise UserError(
             f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
         )
     if RUNTIME.value == "torch":
         loss, tokens = evaluate_torch()
-    else:
+    elif RUNTIME.value == "jax":
         loss, tokens = evaluate_jax(is_int8)
+    else:
+        loss, tokens = evaluate_shared()
     bits = loss / 0.6931471805599453 * tokens_per_character(tokens)
     result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
@@ -68,6 +77,19 @@ def evaluate_torch() -> tuple[float, int]:
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
     return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
+
+
+def evaluate_shared() -> tuple[float, int]:
+    from picogpt_jax import runtime
+
+    model: Any
+    if RUNTIME.value == "numpy":
+        model, vocabulary = sources.load_numpy(MODEL.value)
+    else:
+        model = sources.load_onnx(MODEL.value) if RUNTIME.value == "onnx" else sources.load_gguf(MODEL.value)
+        vocabulary = model.vocabulary
+    tokens = open_tokens(model.block_size, vocabulary)
+    return runtime.evaluate(model, tokens.ids, model.block_size, BATCH_SIZE), len(tokens) - 1
 
 
 def evaluate_jax(is_int8: bool) -> tuple[float, int]:

@@ -14,8 +14,15 @@ from picogpt_jax import cli, sources
 from picogpt_jax.errors import UserError
 from picogpt_jax.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir (float), an int8 folder, or a PyTorch .pt file.")
-RUNTIME = flags.DEFINE_enum("runtime", "jax", ["jax", "torch"], "What computes; torch takes int8 models.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A workdir (float), an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file."
+)
+RUNTIME = flags.DEFINE_enum(
+    "runtime",
+    "jax",
+    ["jax", "torch", "onnx", "numpy", "llama.cpp"],
+    "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF.",
+)
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0)
@@ -44,8 +51,7 @@ def main() -> None:
     if MODEL.value is None:
         raise UserError("--model is needed: a workdir, an int8 folder or a PyTorch .pt file")
     kind = sources.recognise(MODEL.value)
-    load = load_torch if RUNTIME.value == "torch" else load_jax
-    generate, vocabulary, size = load(kind)
+    generate, vocabulary, size = RUNTIMES[RUNTIME.value](kind)
     prompt = vocabulary.encode(start_text(vocabulary), "--start").astype(np.int64)
     prompt_BT = np.tile(prompt, (NUM_SAMPLES.value, 1))
 
@@ -143,6 +149,31 @@ def load_torch(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
     return generate, model.vocabulary, describe_int8(model)
 
 
+def load_onnx(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    model = sources.load_onnx(MODEL.value)
+    size = (Path(MODEL.value) / sources.ONNX_FILE).stat().st_size
+    return shared_loop(model), model.vocabulary, f"{model.config.n_parameters:,} parameters, a file of {size:,} bytes"
+
+
+def load_llama_cpp(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    model = sources.load_gguf(MODEL.value)
+    return shared_loop(model), model.vocabulary, f"{model.description}; {Path(MODEL.value).stat().st_size:,} bytes"
+
+
+def load_numpy(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
+    model, vocabulary = sources.load_numpy(MODEL.value)
+    return shared_loop(model), vocabulary, describe_int8(sources.load_int8(MODEL.value))
+
+
+def shared_loop(model: Any) -> Generate:
+    from picogpt_jax import runtime
+
+    options: dict[str, Any] = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
+    return lambda prompt_BT, stream: runtime.generate(
+        model, prompt_BT, MAX_NEW_TOKENS.value, overflow=OVERFLOW.value, stream=stream, **options
+    )
+
+
 def describe_int8(model: Any) -> str:
     from picogpt_jax.int8_model import size_report
 
@@ -152,6 +183,14 @@ def describe_int8(model: Any) -> str:
         f"({size.float32_bytes / size.total_bytes:.2f}x smaller than float32)"
     )
 
+
+RUNTIMES = {
+    "jax": load_jax,
+    "torch": load_torch,
+    "onnx": load_onnx,
+    "numpy": load_numpy,
+    "llama.cpp": load_llama_cpp,
+}
 
 if __name__ == "__main__":
     cli.run(main)

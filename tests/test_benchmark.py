@@ -14,7 +14,8 @@ from tiny import tiny_config
 from torch.ao.quantization import FakeQuantizeBase
 
 from picogpt_jax import benchmark
-from picogpt_jax.benchmark import Comparison, JaxTraining, Timing, format_report, random_int8_model, take_turns
+from picogpt_jax.benchmark import JaxTraining, random_int8_model
+from picogpt_jax.benchmark_report import Comparison, Timing, format_report, take_turns
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens
 from picogpt_jax.errors import UserError
@@ -205,8 +206,8 @@ def test_train_writes_the_report_that_it_prints(run_script: RunScript, tmp_path:
     ("arguments", "message"),
     [
         ([], "say what to measure"),
-        (["sleep"], "value should be one of <train|decode>"),
-        (["train", "--model=int8"], "--model is for decode only"),
+        (["sleep"], "value should be one of <train|decode|serve>"),
+        (["train", "--model=int8"], "--model is for decode and serve"),
         (["decode", "--model=nowhere", "--device=cpu"], "nowhere is not a folder"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_folder, atomic_path, read_json, write_json
+from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -39,7 +39,9 @@ def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     for name in ("first", "second"):
         with atomic_folder(target) as temporary:
             (temporary / name).write_text(name)
+            (temporary / name).chmod(0o600)
             assert not (target / name).exists()
+    assert stat.S_IMODE((target / "second").stat().st_mode) == 0o644
     assert names(target) == ["second"], "nothing of the first call is left"
     assert names(tmp_path) == ["model"]
 
@@ -61,6 +63,18 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
         with atomic_folder(tmp_path / "file"):
             pytest.fail("the block must not run")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "new", {"model"})
+    check_replaceable(tmp_path, {"model"})
+    (tmp_path / "model").touch()
+    check_replaceable(tmp_path, {"model", "config"})
+    (tmp_path / "thesis").touch()
+    with pytest.raises(
+        UserError, match=r"is a folder of other files \(thesis\), which would be replaced; name a new one"
+    ):
+        check_replaceable(tmp_path, {"model", "config"})
 
 
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:

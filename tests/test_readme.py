@@ -112,7 +112,7 @@ WRONG = """
 ```bash
 bash scripts/missing.sh && python scripts/train.py --config=configs/none.py --config.model.width=3 \\
   --config.train.max_iters=5 --nosuch=1 --noresume   # a comment --with=flags
-python scripts/convert.py --input=x --to=gguf
+python scripts/convert.py --input=x --to=floppy
 python data/NAME/prepare.py --input_files=a
 ```
 See [there](docs/none.md), [here](LICENSE) and `picogpt_jax/none.py`; `train.speed=3`, `train.bin`, `train.seed`.
@@ -132,7 +132,7 @@ def test_the_check_finds_what_does_not_exist() -> None:
             "no file configs/none.py",
             "no key model.width",
             "no flag --nosuch in scripts/train.py",
-            "no choice --to=gguf in scripts/convert.py",
+            "no choice --to=floppy in scripts/convert.py",
             "no flag --input_files in data/NAME/prepare.py",
             "no file docs/none.md",
             "no file picogpt_jax/none.py",

@@ -1,0 +1,122 @@
+"""How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch.
+
+"PyTorch loop" is picoGPT's way of sampling (`picogpt_jax.torch_baseline.Decoding`). All of it runs on the CPU.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from picogpt_jax import runtime
+from picogpt_jax.benchmark_report import Comparison, Work, make_report, take_turns
+from picogpt_jax.errors import UserError
+from picogpt_jax.int8_model import Int8Model
+from picogpt_jax.runtime import Overflow
+
+TEMPERATURE = 0.8
+PROMPTS, PASSES = 32, 5  # prompts processed together, and how often in one turn
+
+LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
+COMPARISONS = (
+    *(Comparison(loop, "ONNX int8, refill", ">= 10.0") for loop in LOOPS),
+    *(Comparison(loop, "ONNX int8, slide", ">= 3.0") for loop in LOOPS),
+    Comparison("ONNX float, slide", "ONNX int8, slide", ">= 1.3"),
+    Comparison("ONNX float, prompts", "ONNX int8, prompts", ">= 1.5"),
+    Comparison("PyTorch float, prompts", "ONNX int8, prompts", ">= 1.5"),
+    Comparison("PyTorch float, prompts", "PyTorch int8, prompts", ">= 1.5"),
+)
+
+
+def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch: bool) -> dict[str, Any]:
+    """Times one stream of text, from a prompt of one token at temperature 0.8, and the processing of prompts.
+
+    Args:
+        new_tokens: tokens that each contender draws.
+
+    Returns:
+        The report: a JSON value, see `format_report`.
+
+    Raises:
+        UserError: `with_torch`, and PyTorch is missing.
+    """
+    from picogpt_jax.onnx_export import onnx_model
+    from picogpt_jax.onnx_model import OnnxGPT
+
+    prompt_tokens = model.model.block_size
+    prompts_BT = np.random.default_rng(0).integers(0, model.model.vocab_size, (PROMPTS, prompt_tokens))
+    settings: dict[str, Any] = dict(rounds=rounds, new_tokens=new_tokens, prompts=PROMPTS, prompt_tokens=prompt_tokens)
+    settings |= dict(temperature=TEMPERATURE, model=dataclasses.asdict(model.model))
+    settings["quantization"] = dataclasses.asdict(model.quantization)
+    int8, float32 = (OnnxGPT(onnx_model(model, weights).SerializeToString()) for weights in ("int8", "float"))
+    streams: dict[str, Work] = {
+        "ONNX int8, refill": _generation(int8, new_tokens, "refill"),
+        "ONNX int8, slide": _generation(int8, new_tokens, "slide"),
+        "ONNX float, slide": _generation(float32, new_tokens, "slide"),
+    }
+    prompts: dict[str, Work] = {
+        "ONNX int8, prompts": _passes(lambda: int8.forward(prompts_BT, last_only=True)),
+        "ONNX float, prompts": _passes(lambda: float32.forward(prompts_BT, last_only=True)),
+    }
+    if with_torch:
+        torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(model, new_tokens, prompts_BT)
+        streams, prompts = streams | torch_streams, prompts | torch_prompts
+    timings = take_turns(streams | prompts, rounds)
+    tokens = dict.fromkeys(streams, new_tokens) | dict.fromkeys(prompts, PASSES * prompts_BT.size)
+    figures = {
+        name: {
+            "tokens_per_second": tokens[name] / timing.median,
+            "tokens_per_second_max": tokens[name] / timing.best,
+            "first_call_seconds": timing.first,
+        }
+        for name, timing in timings.items()
+    }
+    return make_report("serve", settings, figures, timings, COMPARISONS)
+
+
+def _generation(model: Any, new_tokens: int, overflow: Overflow) -> Work:
+    prompt_BT = np.zeros((1, 1), np.int64)
+    return lambda: runtime.generate(model, prompt_BT, new_tokens, temperature=TEMPERATURE, overflow=overflow)
+
+
+def _passes(forward: Callable[[], object]) -> Work:
+    def work() -> None:
+        for _ in range(PASSES):
+            forward()
+
+    return work
+
+
+def _torch_work(
+    model: Int8Model, new_tokens: int, prompts_BT: npt.NDArray[np.int64]
+) -> tuple[dict[str, Work], dict[str, Work], int]:
+    """PyTorch's contenders, streams and prompts, and its number of threads."""
+    try:
+        import torch
+
+        from picogpt_jax import torch_baseline
+        from picogpt_jax.torch_model import Int8GPT
+    except ImportError as error:
+        raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
+    threads, tokens = torch_baseline.threads(), torch.from_numpy(prompts_BT)
+    float32, int8 = torch_baseline.dequantized(model), Int8GPT(model)
+
+    def prompts(forward: Callable[[], object]) -> Work:
+        def work() -> None:
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                _passes(forward)()
+
+        return work
+
+    streams: dict[str, Work] = {
+        name: torch_baseline.Decoding(model, new_tokens, TEMPERATURE, "cpu", count)
+        for name, count in zip(LOOPS, (threads, 1), strict=True)
+    }
+    passes = {
+        "PyTorch int8, prompts": prompts(lambda: int8(tokens, last_only=True)),
+        "PyTorch float, prompts": prompts(lambda: float32(tokens)),
+    }
+    return streams, passes, threads

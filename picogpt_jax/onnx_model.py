@@ -1,0 +1,144 @@
+"""The int8 model in ONNX Runtime (extra: onnx): runs the folder that `picogpt_jax.onnx_export` writes.
+
+Only onnxruntime and NumPy are imported. Every step hands over the arrays that the step before returned, inside ONNX
+Runtime, without a copy to NumPy.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
+
+from picogpt_jax.config import ModelConfig
+from picogpt_jax.errors import UserError
+from picogpt_jax.int8_model import Quantization, config_from_json, errors_in
+from picogpt_jax.vocabulary import Vocabulary
+
+MODEL_FILE = "model.onnx"
+METADATA_KEY = "picogpt_jax"  # {"config": config.json of an int8 folder, "vocabulary": vocab.json, ...}
+LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
+KEEP_ALL, KEEP_LAST = (np.array([count], np.int64) for count in (0, 1))
+
+
+class KVCache:
+    """Keys and values of the first `length` positions: what the graph returned, as ONNX Runtime holds it."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values, self.length = values, 0
+
+
+class OnnxGPT:
+    """The exported model.
+
+    Attributes:
+        config: the architecture.
+        quantization: how it is quantized.
+        training: where the model comes from; JSON values.
+        vocabulary: as many entries as `config.vocab_size`.
+
+    Args:
+        model: the file, or its contents.
+        threads: of one operation; None for one per core.
+
+    Raises:
+        UserError: it is no ONNX model, or not one that `onnx_export` wrote.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = LOGS_ERRORS
+        options.intra_op_num_threads = threads or 0
+        # Without VNNI the fast kernel for unsigned times signed bytes can saturate: take the exact one there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no class of its own above its exceptions
+            reason = str(error).splitlines()[0]
+            raise UserError(f"is no ONNX model that onnxruntime can read ({reason}); export it again") from None
+        self.config, self.quantization, self.training, self.vocabulary = self._metadata()
+        layers = range(self.config.n_layer)
+        parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        self._past = [f"past_key_values.{part}" for part in parts]
+        self._outputs = ["logits", *(f"present.{part}" for part in parts)]
+        self._check_signature()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> "OnnxGPT":
+        """Reads an exported folder.
+
+        Raises:
+            UserError: it holds no `model.onnx` that `onnx_export` wrote.
+        """
+        path = Path(folder) / MODEL_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; make it with: scripts/convert.py --input=INT8 --to=onnx")
+        with errors_in(path):
+            return cls(path, threads)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that the model sees."""
+        return self.config.block_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids."""
+        return self.config.vocab_size
+
+    def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
+        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        try:
+            metadata = json.loads(text or "null")
+        except (ValueError, RecursionError):
+            metadata = None
+        if not isinstance(metadata, dict) or not {"config", "vocabulary"} <= set(metadata):
+            raise UserError(f"has no metadata {METADATA_KEY!r} that can be read: it is no export of picogpt_jax")
+        model, quantization, training = config_from_json(metadata["config"])
+        vocabulary = Vocabulary.from_json(metadata["vocabulary"], "its vocabulary")
+        if vocabulary.size != model.vocab_size:
+            raise UserError(f"its vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}")
+        return model, quantization, training, vocabulary
+
+    def _check_signature(self) -> None:
+        found = {value.name: value.type for value in self._session.get_inputs()}
+        integers = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), "tensor(int64)")
+        expected = integers | dict.fromkeys(self._past, "tensor(float)")
+        outputs = [value.name for value in self._session.get_outputs()]
+        if found != expected or outputs != self._outputs:
+            raise UserError(f"its inputs are {sorted(found)} and its outputs {outputs}; export it again")
+
+    def new_cache(self, batch: int) -> KVCache:
+        """A cache of no positions."""
+        empty = np.zeros((batch, self.config.n_head, 0, self.config.head_size), np.float32)
+        return KVCache([onnxruntime.OrtValue.ortvalue_from_numpy(empty)] * len(self._past))
+
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtime.Runtime`.
+
+        Raises:
+            ValueError: the positions do not fit into `block_size`.
+        """
+        batch, queries = tokens_BT.shape
+        cache = cache or self.new_cache(batch)
+        end = cache.length + queries
+        if end > self.block_size:
+            raise ValueError(f"{end} positions do not fit into block_size={self.block_size}")
+        positions_BT = np.broadcast_to(np.arange(cache.length, end), tokens_BT.shape)
+        arrays = {"input_ids": tokens_BT, "attention_mask": np.ones((batch, end), np.int64)}
+        arrays |= {"position_ids": positions_BT, "logits_to_keep": KEEP_LAST if last_only else KEEP_ALL}
+        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        feeds |= zip(self._past, cache.values, strict=True)
+        logits, *cache.values = self._session.run_with_ort_values(self._outputs, feeds)
+        cache.length = end
+        return logits.numpy()
