@@ -1,5 +1,6 @@
 """The NumPy runtime against the JAX model that serves, its exact integers, its cache, and damaged folders."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -97,7 +98,7 @@ def test_a_cached_computation_is_the_whole_one(pieces: list[int]) -> None:
     """With float activations, where the last bit of a sum cannot become a whole step of the grid."""
     model, tokens_BT = numpy_model(random_model(activation_bits=None)), random_tokens(3, 16)
     cache, starts = model.new_cache(3), np.cumsum([0, *pieces])
-    parts = [model.forward(tokens_BT[:, start:end], cache) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [model.forward(tokens_BT[:, start:end], cache) for start, end in itertools.pairwise(starts)]
     assert cache.length == 16
     whole = model.forward(tokens_BT)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-4)

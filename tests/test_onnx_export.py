@@ -77,11 +77,11 @@ def test_the_signature_is_optimums() -> None:
     found = {value.name: (value.type, value.shape) for value in session.get_inputs()}
     total = "past_sequence_length + sequence_length"
     ids = ("tensor(int64)", ["batch_size", "sequence_length"])
-    past = ("tensor(float)", ["batch_size", 2, "past_sequence_length", 16])
+    past = ("tensor(float)", ["batch_size", 4, "past_sequence_length", 8])
     expected = {"input_ids": ids, "attention_mask": ("tensor(int64)", ["batch_size", total]), "position_ids": ids}
     assert found == expected | {f"past_key_values.{part}": past for part in parts}
     assert [value.name for value in session.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
-    assert session.get_outputs()[1].shape == ["batch_size", 2, total, 16]
+    assert session.get_outputs()[1].shape == ["batch_size", 4, total, 8]
 
 
 def test_it_needs_no_more_than_the_declared_opset() -> None:

@@ -1,6 +1,7 @@
 """The ONNX Runtime runner against the other runtimes, damaged folders, and the scripts that use it."""
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from conftest import ROOT, RunScript
 from onnx import helper
 from test_int8_model import random_model
 from test_numpy_model import assert_same_logits, numpy_model, random_tokens
-from tiny import write_data
 
 from picogpt_jax import cpu, onnx_model, runtime
 from picogpt_jax.errors import UserError
@@ -47,7 +47,7 @@ def test_the_logits_are_those_of_the_reference() -> None:
 def test_a_cached_computation_is_the_whole_one(pieces: list[int]) -> None:
     model, tokens_BT = exported(None), random_tokens(3, 16)
     cache, starts = model.new_cache(3), np.cumsum([0, *pieces])
-    parts = [model.forward(tokens_BT[:, start:end], cache) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [model.forward(tokens_BT[:, start:end], cache) for start, end in itertools.pairwise(starts)]
     assert cache.length == 16
     np.testing.assert_allclose(np.concatenate(parts, 1), model.forward(tokens_BT), atol=1e-4)
     with pytest.raises(ValueError, match="17 positions do not fit into block_size=16"):
@@ -174,41 +174,29 @@ def test_a_folder_that_cannot_be_run_is_refused(tmp_path: Path, change: Callable
 def test_the_runner_needs_neither_onnx_nor_jax_nor_pytorch(tmp_path: Path) -> None:
     """This is what keeps the first character of sample.py below a second."""
     save_onnx(random_model(), tmp_path / "onnx")
-    script = str(ROOT / "scripts" / "sample.py")
+    heavy = {"jax", "torch", "onnx", "flax", "transformers", "scipy"}
     code = (
-        "import runpy, sys; import absl.app; run = absl.app.run; "
-        "absl.app.run = lambda *a, **k: print(sorted("
-        "{'jax', 'torch', 'onnx', 'flax', 'transformers', 'scipy'} & set(sys.modules) "
-        "if run_quietly(*a, **k) else [])); "
-        "exec('def run_quietly(*a, **k):\\n try: run(*a, **k)\\n except SystemExit: pass\\n return True'); "
+        f"import atexit, runpy, sys; atexit.register(lambda: print(sorted({heavy} & set(sys.modules)))); "
         f"sys.argv = ['sample.py', '--model={tmp_path}/onnx', '--runtime=onnx', '--max_new_tokens=3']; "
-        f"runpy.run_path({script!r}, run_name='__main__')"
+        "runpy.run_path('scripts/sample.py', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """int8/ and onnx/ of one model, and data/ for it."""
-    folder = tmp_path_factory.mktemp("models")
-    model = random_model(vocab_size=12)
-    save_int8_model(model, folder / "int8")
-    return folder
-
-
-def test_the_scripts_export_sample_and_evaluate(run_script: RunScript, folder: Path, tmp_path: Path) -> None:
-    model = random_model(vocab_size=12)
-    data = write_data(tmp_path / "data", "abc\nabcdefghij" * 9)
-    model.vocabulary.save(data / "meta.json")
-    np.arange(200, dtype=np.uint16).__mod__(12).tofile(data / "val.bin")
-    done = run_script("scripts/convert.py", f"--input={folder}/int8", "--to=onnx", "--output=onnx")
+def test_the_scripts_export_sample_and_evaluate(run_script: RunScript, tmp_path: Path) -> None:
+    model = random_model()
+    save_int8_model(model, tmp_path / "int8")
+    (tmp_path / "data").mkdir()
+    model.vocabulary.save(tmp_path / "data" / "meta.json")
+    random_tokens(1, 200).astype(np.uint16).tofile(tmp_path / "data" / "val.bin")
+    done = run_script("scripts/convert.py", "--input=int8", "--to=onnx", "--output=onnx")
     assert done.returncode == 0, done.stderr
     size = (tmp_path / "onnx" / "model.onnx").stat().st_size
     assert done.stdout == f"wrote onnx: model.onnx of {size:,} bytes, int8, with its tokenizer\n"
 
     texts, losses = [], []
-    for name, path in (("onnx", "onnx"), ("numpy", f"{folder}/int8")):
+    for name, path in (("onnx", "onnx"), ("numpy", "int8")):
         arguments = [f"--model={path}", f"--runtime={name}"]
         done = run_script("scripts/sample.py", *arguments, "--start=ab", "--max_new_tokens=5", "--show_stats")
         assert done.returncode == 0, done.stderr
