@@ -11,10 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from picogpt_jax.cpu import cpu
 
 Work = Callable[[], object]  # a fixed amount of work; returns when it is done
 Figures = dict[str, float]
@@ -108,28 +109,16 @@ def make_report(
 
 def machine() -> dict[str, Any]:
     """The CPU's name and those of its features that matter here, the cores that may be used, and JAX's devices."""
-    name, features = _cpu()
+    name, flags = cpu()
     devices = jax.devices()
     return {
         "cpu": name,
-        "cpu_features": features,
+        "cpu_features": [feature for feature in CPU_FEATURES if feature in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
     }
-
-
-def _cpu() -> tuple[str, list[str]]:
-    """Linux tells both, other systems the name only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    found = fields.get("flags", fields.get("features", "")).split()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, [feature for feature in CPU_FEATURES if feature in found]
 
 
 def versions() -> dict[str, str]:

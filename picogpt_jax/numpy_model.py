@@ -111,8 +111,8 @@ ERF_P, ERF_Q, ERFC_P, ERFC_Q = (
 
 
 def erf(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The error function, within 2e-8: beyond 4, where float32 holds no other value, it is 1."""
-    size = np.minimum(np.abs(x), 4.0)
+    """The error function, within 1e-15."""
+    size = np.minimum(np.abs(x), 6.0)  # beyond, float64 holds nothing between it and 1
     square = size * size
     small = size * np.polyval(ERF_P, square) / np.polyval(ERF_Q, square)
     large = 1.0 - np.exp(-square) * np.polyval(ERFC_P, size) / np.polyval(ERFC_Q, size)
@@ -211,7 +211,8 @@ class NumpyGPT:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{folder} is no int8 folder that can be read: {error!r}; write the model again") from None
+            reason = str(error) if isinstance(error, OSError) else repr(error)
+            raise UserError(f"{folder} is no int8 folder that can be read: {reason}; write the model again") from None
 
     def _take(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if name not in self._unread:

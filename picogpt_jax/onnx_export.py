@@ -15,7 +15,7 @@ Everything is spelled out in standard operators, so that the integers are ours i
 the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
 again, and its sum is exact. Unsigned activations times signed weights are ONNX Runtime's fast kernel. On x86 CPUs with
 AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
-an exact one there (`picogpt_jax.onnx_model` sets it).
+an exact one, which is slower with VNNI (`picogpt_jax.onnx_model` sets it where it is needed).
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.

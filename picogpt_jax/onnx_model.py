@@ -18,6 +18,7 @@ except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
 from picogpt_jax.config import ModelConfig
+from picogpt_jax.cpu import has_vnni
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Quantization, config_from_json, errors_in
 from picogpt_jax.vocabulary import Vocabulary
@@ -56,8 +57,9 @@ class OnnxGPT:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOGS_ERRORS
         options.intra_op_num_threads = threads or 0
-        # Without VNNI the fast kernel for unsigned times signed bytes can saturate: take the exact one there.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not has_vnni():
+            # On x86 the kernel for unsigned times signed bytes can then saturate: take the exact one, which is slower.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
