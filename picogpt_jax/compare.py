@@ -61,7 +61,7 @@ class Start:
     tokens_per_second: float
 
 
-def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.integer], block_size: int) -> dict[str, Agreement]:
+def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], block_size: int) -> dict[str, Agreement]:
     """Compares every runtime with `forwards[REFERENCE]` in one pass over `ids`, every target once.
 
     Args:

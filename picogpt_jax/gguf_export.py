@@ -139,8 +139,8 @@ def _check_expressible(model: Int8Model) -> None:
         raise UserError("model.activation='relu' cannot be a GGUF of GPT-2: llama.cpp computes GELU there")
     if isinstance(model.vocabulary, TokenizerVocabulary):
         raise UserError(
-            "the vocabulary is one of byte pairs, imported with its model; only characters are written as GGUF: convert "
-            "the original model with llama.cpp's own script"
+            "the vocabulary is one of byte pairs, imported with its model; a GGUF is written of characters only: "
+            "convert the original model with llama.cpp's own script"
         )
     wide = [char for char in model.vocabulary.itos if not char.isascii()]
     if wide:

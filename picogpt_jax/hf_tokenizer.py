@@ -1,8 +1,8 @@
 """A vocabulary as Hugging Face's tokenizer files (standard library only); one that came from there goes back unchanged.
 
-Characters become a byte-pair model without merges: every one is a word of its own, with our id. Nothing is normalised, split, added
-or stripped, so `decode(encode(text)) == text`. A character outside the vocabulary raises (`Unk token ... not found in
-the vocabulary`): there is no id that could stand for it, and without an unknown token it would vanish silently.
+Characters become a byte-pair model without merges: each is a word of its own, with our id. Nothing is normalised,
+split, added or stripped, so `decode(encode(text)) == text`. A character outside the vocabulary raises (`Unk token ...
+not found in the vocabulary`): no id could stand for it, and without an unknown token it would vanish silently.
 """
 
 import json
@@ -24,8 +24,10 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         vocabulary: its ids are the token ids.
         block_size: the longest text that the model takes; transformers warns of a longer one.
     """
-    is_imported = isinstance(vocabulary, TokenizerVocabulary)
-    tokenizer = json.loads(vocabulary.definition) if is_imported else _of_characters(vocabulary)
+    if isinstance(vocabulary, TokenizerVocabulary):
+        tokenizer = json.loads(vocabulary.definition)
+    else:
+        tokenizer = _of_characters(vocabulary)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
