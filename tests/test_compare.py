@@ -105,7 +105,7 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
         assert row["same_texts"] == 1.0
         assert row["tokens_per_second"] > 0
         assert row["first_token_seconds"] > 0
-        assert row["bytes"] > 30_000
+        assert row["bytes"] > 10_000  # codes and scales
     assert (tmp_path / "all/compare.png").read_bytes().startswith(b"\x89PNG")
     assert done.stdout.splitlines()[0] == "239 targets, 3 greedy texts of 12 tokens"
 
