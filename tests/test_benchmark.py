@@ -13,14 +13,14 @@ from conftest import RunScript
 from tiny import tiny_config
 from torch.ao.quantization import FakeQuantizeBase
 
-from picogpt_jax import benchmark
+from picogpt_jax import benchmark, benchmark_serving
 from picogpt_jax.benchmark import JaxTraining, random_int8_model
 from picogpt_jax.benchmark_report import Comparison, Timing, format_report, take_turns
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Quantization, requantize_per_tensor
-from picogpt_jax.torch_baseline import GPT, Decoding, Training, dequantizing, device_like, prepare_qat
+from picogpt_jax.torch_baseline import GPT, Decoding, Training, dequantized, dequantizing, device_like, prepare_qat
 from picogpt_jax.torch_model import Int8GPT
 
 
@@ -176,6 +176,34 @@ def test_decode_reports_every_way_of_generating(monkeypatch: pytest.MonkeyPatch)
     pytorch = ["PyTorch slide, 1 stream", "PyTorch slide, 1 thread"]
     assert set(report["figures"]) > {"JAX slide, 1 stream", *pytorch}
     assert [item["name"] for item in report["ratios"]] == [f"time of {name} / JAX slide, 1 stream" for name in pytorch]
+
+
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_serve_reports_every_runtime(monkeypatch: pytest.MonkeyPatch, with_torch: bool) -> None:
+    monkeypatch.setattr(benchmark_serving, "PROMPTS", 2)
+    model = random_int8_model(tiny_config().model)
+    report = benchmark_serving.benchmark_serving(model, new_tokens=9, rounds=1, with_torch=with_torch)
+    ours = [
+        f"ONNX {what}" for what in ("int8, refill", "int8, slide", "float, slide", "int8, prompts", "float, prompts")
+    ]
+    others = [*benchmark_serving.LOOPS, "PyTorch int8, prompts", "PyTorch float, prompts"] if with_torch else []
+    assert set(report["figures"]) == {*ours, *others}
+    seconds = {name: timing["rounds"][0] for name, timing in report["seconds"].items()}
+    figures = {name: figures["tokens_per_second"] for name, figures in report["figures"].items()}
+    assert figures["ONNX int8, slide"] == 9 / seconds["ONNX int8, slide"]
+    assert figures["ONNX int8, prompts"] == benchmark_serving.PASSES * 2 * 8 / seconds["ONNX int8, prompts"]
+    assert len(report["ratios"]) == (len(benchmark_serving.COMPARISONS) if with_torch else 2)
+    assert "time of ONNX float, slide / ONNX int8, slide" in format_report(report)
+
+
+def test_the_float_baseline_is_the_int8_model_with_float_activations() -> None:
+    model = varied(random_int8_model(model_config(bias=True)))
+    weight_only = Quantization(weight_granularity="per_channel", activation_bits=None)
+    tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = Int8GPT(dataclasses.replace(model, quantization=weight_only))(tokens)[:, -1]
+        torch.testing.assert_close(dequantized(model)(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_train_writes_the_report_that_it_prints(run_script: RunScript, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from picogpt_jax.convert import float_arrays
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.int8_model import save_int8_model
-from picogpt_jax.sources import load_float, load_int8, recognise
+from picogpt_jax.onnx_export import save_onnx
+from picogpt_jax.sources import load_float, load_int8, load_numpy, load_onnx, recognise
 from picogpt_jax.torch_checkpoint import save_float_checkpoint
 from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.train import Trainer
@@ -42,10 +43,11 @@ def write_run(workdir: Path, losses: dict[int, float | None], **changes: Any) ->
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of each: run/, int8/, int8.pt, ckpt.pt, picogpt.pt, hf/."""
+    """A folder with one of each: run/, int8/, onnx/, int8.pt, ckpt.pt, picogpt.pt, hf/."""
     folder = tmp_path_factory.mktemp("models")
     write_run(folder / "run", {4: 1.5, 8: 1.25, 12: 1.75})
     save_int8_model(INT8, folder / "int8")
+    save_onnx(INT8, folder / "onnx")
     save_int8_checkpoint(INT8, folder / "int8.pt")
     write_ckpt(folder / "run", folder / "ckpt.pt")
     picogpt_file(folder / "picogpt.pt")
@@ -70,7 +72,7 @@ def write_ckpt(workdir: Path, path: Path, config: dict[str, Any] | None = None) 
 
 
 def test_each_kind_is_recognised(models: Path) -> None:
-    kinds = {"run": "workdir", "int8": "int8", "int8.pt": "torch-int8", "ckpt.pt": "torch-float"}
+    kinds = {"run": "workdir", "int8": "int8", "onnx": "onnx", "int8.pt": "torch-int8", "ckpt.pt": "torch-float"}
     kinds |= {"picogpt.pt": "picogpt-int8", "hf": "huggingface"}
     assert {name: recognise(models / name) for name in kinds} == kinds
 
@@ -208,3 +210,42 @@ def test_both_files_hold_the_same_int8_model(models: Path, name: str) -> None:
 def test_float_parameters_are_not_quantized_in_passing(models: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} holds float parameters; an int8 model is needed: make one with "):
         load_int8(models / name)
+
+
+# ------------------------------------------------------------------------------------- what one runtime alone can run
+
+
+def test_the_runtimes_load_their_own_folders(models: Path) -> None:
+    tokens_BT = np.array([[1, 2, 3]])
+    by_onnx, (by_numpy, vocabulary) = load_onnx(models / "onnx"), load_numpy(models / "int8")
+    assert by_onnx.vocabulary == vocabulary == INT8.vocabulary
+    assert (by_onnx.config, by_onnx.quantization, by_onnx.training) == (INT8.model, INT8.quantization, INT8.training)
+    np.testing.assert_allclose(by_onnx.forward(tokens_BT), by_numpy.forward(tokens_BT), atol=0.5)
+
+
+@pytest.mark.parametrize("load", [load_int8, load_float])
+def test_an_onnx_folder_is_for_one_runtime(models: Path, load: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"onnx is an ONNX folder, which --runtime=onnx runs; here, give the int8 folder"
+    ):
+        load(models / "onnx")
+
+
+@pytest.mark.parametrize(("name", "source"), [("int8", ".*int8"), ("int8.pt", ".*int8.pt"), ("run", "INT8_FOLDER")])
+def test_onnx_runtime_needs_an_export(models: Path, name: str, source: str) -> None:
+    message = rf"--runtime=onnx takes an ONNX folder, not .*{name} \(.*convert.py --input={source} --to=onnx --output="
+    with pytest.raises(UserError, match=message):
+        load_onnx(models / name)
+
+
+@pytest.mark.parametrize("name", ["onnx", "int8.pt", "run", "ckpt.pt"])
+def test_numpy_needs_an_int8_folder(models: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"--runtime=numpy takes an int8 folder, not .*{name} \(.*quantize.py"):
+        load_numpy(models / name)
+
+
+def test_a_vocabulary_of_another_size_is_refused_for_numpy(tmp_path: Path) -> None:
+    save_int8_model(INT8, tmp_path / "int8")
+    VOCABULARY.save(tmp_path / "int8" / "vocab.json")
+    with pytest.raises(UserError, match=r"int8: the vocabulary has 12 entries, but model.vocab_size=11"):
+        load_numpy(tmp_path / "int8")
