@@ -60,6 +60,12 @@ class Start:
     first_token_seconds: float
     tokens_per_second: float
 
+    @classmethod
+    def of(cls, arrivals: Sequence[tuple[float, int]]) -> "Start":
+        """From (seconds since the start, new characters so far) of each arrival; one arrival alone has no rate: 0."""
+        (first, already), (last, in_all) = arrivals[0], arrivals[-1]
+        return cls(first, (in_all - already) / (last - first) if last > first else 0.0)
+
 
 def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], block_size: int) -> dict[str, Agreement]:
     """Compares every runtime with `forwards[REFERENCE]` in one pass over `ids`, every target once.
@@ -134,8 +140,7 @@ def time_process(command: Sequence[str], prompt_characters: int) -> Start:
     if process.returncode or not arrivals:
         lines = error.decode(errors="replace").strip().splitlines() or ["it printed nothing"]
         raise UserError(f"{' '.join(map(str, command))}: {lines[-1].removeprefix('error: ')}")
-    (first, already), (last, in_all) = arrivals[0], arrivals[-1]
-    return Start(first, (in_all - already) / max(last - first, 1e-9) if in_all > already else 0.0)
+    return Start.of(arrivals)
 
 
 def disk_bytes(path: Path) -> int:
