@@ -172,15 +172,9 @@ def passes_of(runtime: Any) -> Passes:
 
 
 def load_llama_cpp(path: Path) -> Passes:
-    from picogpt_jax.llama_cpp_model import LlamaCppModel
+    from picogpt_jax.llama_cpp_model import LlamaCppGPT
 
-    model = LlamaCppModel(path)
-    return (
-        lambda tokens_BT: np.stack([model.logits(row) for row in tokens_BT]),
-        lambda prompts_BT, new_tokens: np.stack(
-            [model.generate(row, new_tokens, temperature=0.0) for row in prompts_BT]
-        ),
-    )
+    return passes_of(LlamaCppGPT(path))
 
 
 EXPORTS = {"onnx": export_onnx, "llama.cpp": export_gguf}  # the others read the int8 folder
