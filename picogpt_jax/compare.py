@@ -206,7 +206,7 @@ def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], ti
             axes.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize=9)
             axes.set_title(heading, fontsize=10)
             axes.set_xscale("symlog", linthresh=1e-8) if logarithmic else None
-            axes.margins(x=0.3)
+            axes.margins(x=0.4)
             axes.invert_yaxis()
             axes.xaxis.set_visible(False)
             axes.tick_params(length=0)

@@ -135,9 +135,9 @@ class Int8Matrix(nn.Module):
             y_NO = (x_NI @ self.codes.float().T) * self.scale
         else:
             codes_NI, scale_N1 = quantize_activations(x_NI)
-            y_NO = integer_product(codes_NI, self.codes) * scale_N1 * self.scale
+            y_NO = integer_product(codes_NI, self.codes).mul_(scale_N1).mul_(self.scale)
         if self.bias is not None:
-            y_NO = y_NO + self.bias
+            y_NO += self.bias
         return y_NO.view(*x.shape[:-1], -1)
 
 
