@@ -140,11 +140,7 @@ def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_
     Raises:
         UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
     """
-    data = np.asarray(tokens)
-    if data.ndim != 1 or len(data) < 2 or data.dtype.kind not in "iu":
-        raise UserError(f"found {data.dtype} {list(data.shape)}; expected at least two token ids in a row")
-    if not 1 <= block_size <= runtime.block_size:
-        raise UserError(f"windows of {block_size} tokens; the model takes 1 to {runtime.block_size}")
+    data = checked_data(tokens, block_size, runtime.block_size)
     total, n_targets = 0.0, len(data) - 1
     n_whole = n_targets - n_targets % block_size
     for start in range(0, n_whole, batch_size * block_size):
@@ -162,6 +158,16 @@ def _loss_sum(runtime: Runtime[C], data: npt.NDArray[np.integer], window: int) -
     shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
     losses_N = np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(shifted_NV)), ids[1:]]
     return float(losses_N.sum())
+
+
+def checked_data(tokens: npt.ArrayLike, block_size: int, limit: int) -> npt.NDArray[np.integer]:
+    """The ids to evaluate [N], after checking that there are two at least and that a window fits into the model."""
+    data = np.asarray(tokens)
+    if data.ndim != 1 or len(data) < 2 or data.dtype.kind not in "iu":
+        raise UserError(f"found {data.dtype} {list(data.shape)}; expected at least two token ids in a row")
+    if not 1 <= block_size <= limit:
+        raise UserError(f"windows of {block_size} tokens; the model takes 1 to {limit}")
+    return data
 
 
 def check_generation(max_new_tokens: int, temperature: float, top_k: int | None, seed: int, overflow: str) -> None:

@@ -31,7 +31,7 @@ except ImportError as error:
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, Int8Tensor, is_int8_folder, load_int8_model
-from picogpt_jax.runtime import Overflow, check_generation
+from picogpt_jax.runtime import Overflow, check_generation, checked_data
 from picogpt_jax.torch_file import is_torch_checkpoint
 from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 
@@ -332,11 +332,7 @@ class Int8GPT(nn.Module):
         Raises:
             UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
         """
-        data = np.asarray(tokens)
-        if data.ndim != 1 or len(data) < 2 or data.dtype.kind not in "iu":
-            raise UserError(f"found {data.dtype} {list(data.shape)}; expected at least two token ids in a row")
-        if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"windows of {block_size} tokens; the model takes 1 to {self.config.block_size}")
+        data = checked_data(tokens, block_size, self.config.block_size)
         total, n_targets = 0.0, len(data) - 1
         n_whole = n_targets - n_targets % block_size
         for start in range(0, n_whole, batch_size * block_size):
