@@ -23,7 +23,7 @@ from picogpt_jax.devices import compiler_options
 from picogpt_jax.errors import UserError
 from picogpt_jax.generate import Generator, Overflow
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, Quantization
-from picogpt_jax.train import Batches, Trainer
+from picogpt_jax.trainer import Batches, Trainer
 from picogpt_jax.vocabulary import Vocabulary
 
 CORPUS_TOKENS = 100_000

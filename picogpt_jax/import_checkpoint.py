@@ -23,7 +23,7 @@ from picogpt_jax.files import atomic_folder, write_json
 from picogpt_jax.int8_model import MAX_CODE, Int8Model, Int8Tensor
 from picogpt_jax.quantization import quantize
 from picogpt_jax.sources import FloatModel
-from picogpt_jax.train import Trainer
+from picogpt_jax.trainer import Trainer
 
 
 def load_for_import(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> FloatModel:

@@ -202,7 +202,7 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     import jax
 
     from picogpt_jax.checkpoint import IMPORTED, Checkpoints
-    from picogpt_jax.train import Trainer
+    from picogpt_jax.trainer import Trainer
 
     with Checkpoints(path) as checkpoints:
         step = checkpoints.best_step()

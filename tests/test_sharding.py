@@ -10,7 +10,7 @@ from tiny import quick_compilation, tiny_config
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.sharding import batch_sharding, make_mesh, replicated
-from picogpt_jax.train import Trainer
+from picogpt_jax.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,7 +22,7 @@ from picogpt_jax.onnx_export import save_onnx
 from picogpt_jax.sources import load_float, load_int8, load_numpy, load_onnx, recognise
 from picogpt_jax.torch_checkpoint import save_float_checkpoint
 from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
-from picogpt_jax.train import Trainer
+from picogpt_jax.trainer import Trainer
 
 INT8 = random_model()
 

@@ -1,16 +1,15 @@
 import dataclasses
 import gc
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +17,20 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import VOCABULARY, quick_compilation, tiny_config, write_data
+from tiny import VOCABULARY, quick_compilation, same, tiny_config, write_data
 
 from picogpt_jax import train as train_module
+from picogpt_jax import trainer as trainer_module
 from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError
 from picogpt_jax.evaluate import Evaluator
-from picogpt_jax.files import write_json
-from picogpt_jax.sharding import batch_sharding, replicated
-from picogpt_jax.train import (
-    Batches,
-    Result,
-    StepMetrics,
-    Trainer,
-    TrainState,
-    check_resumable,
-    compute_dtype,
-    dispatches,
-    train,
-)
+from picogpt_jax.train import Result, dispatches, train
+from picogpt_jax.trainer import StepMetrics, Trainer, TrainState
 from picogpt_jax.vocabulary import Vocabulary
 
 TEXT = "abcdefghij" * 40  # each character tells the next one
 TRAIN_BIN = VOCABULARY.encode(TEXT)
-BATCHES = TRAIN_BIN[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # of four steps: uint16 [4, 8, 9]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,149 +50,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), TEXT)
 
 
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """Four optimizer steps."""
-
-    trainer: Trainer
-    state: TrainState
-    losses: np.ndarray
-    grad_norms: np.ndarray
-
-    @classmethod
-    def take(cls, config: Config, n_devices: int = 1) -> Self:
-        trainer = Trainer(config, jax.devices()[:n_devices])
-        assert trainer.mesh.size == n_devices
-        state, metrics = trainer.steps(trainer.init(), None, placed(trainer), "train")
-        return cls(trainer, state, np.asarray(metrics.loss), np.asarray(metrics.grad_norm))
-
-
-def placed(trainer: Trainer, steps: int = 4) -> jax.Array:
-    return jax.device_put(BATCHES[:steps], batch_sharding(trainer.mesh, 1))
-
-
-def initial(trainer: Trainer, **changes: int | float) -> TrainState:
-    """The first state with some of its scalars changed."""
-    state = trainer.init()
-    scalars = {name: np.asarray(value, getattr(state, name).dtype) for name, value in changes.items()}
-    return dataclasses.replace(state, **jax.device_put(scalars, replicated(trainer.mesh)))
-
-
-# ------------------------------------------------------------------------------------------------------------- the step
-
-
-@pytest.mark.parametrize(
-    ("n_devices", "changes"),
-    [
-        (2, dict(mesh__data=2)),
-        (4, dict(mesh__data=-1)),
-        (4, dict(mesh__fsdp=2, mesh__tensor=2)),
-        (1, dict(train__gradient_accumulation_steps=4)),
-    ],
-)
-def test_neither_devices_nor_accumulation_change_the_losses(
-    n_devices: int, changes: dict[str, int], on_one_device: Steps
-) -> None:
-    """With dropout: the masks are those of the whole batch on one device."""
-    config = tiny_config(**changes)
-    assert config.model.dropout == 0.1
-    steps = Steps.take(config, n_devices)
-    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-4)
-    np.testing.assert_allclose(steps.grad_norms, on_one_device.grad_norms, rtol=2e-3)
-
-
-@pytest.fixture(scope="module")
-def on_one_device() -> Steps:
-    return Steps.take(tiny_config())
-
-
-def test_every_step_has_masks_of_its_own(on_one_device: Steps) -> None:
-    """What the test above compares is not without dropout by mistake."""
-    trainer = on_one_device.trainer
-    _, metrics = trainer.steps(initial(trainer, step=1), None, placed(trainer), "train")
-    assert abs(float(metrics.loss[0]) - on_one_device.losses[0]) > 1e-4
-
-
-def test_int8_gradients_train(on_one_device: Steps) -> None:
-    """backward_bits=8, with losses close to those of float gradients, and other ones."""
-    steps = Steps.take(tiny_config(quant__backward_bits=8))
-    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.02)
-    assert np.any(steps.losses != on_one_device.losses)
-    loss = steps.trainer.evaluator("train").loss(steps.state.params, TRAIN_BIN)
-    assert np.isfinite(loss), "evaluation rounds no gradients"
-
-
-def test_bfloat16_trains_like_float32(on_one_device: Steps) -> None:
-    steps = Steps.take(tiny_config(train__dtype="bfloat16"))
-    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.01)
-    assert np.any(steps.losses != on_one_device.losses)
-    assert {leaf.dtype for leaf in jax.tree.leaves(steps.state.params)} == {jnp.dtype("float32")}
-
-
-def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
-    trainer = Trainer(tiny_config(train__dtype="float16"))
-    before = trainer.init()
-    assert float(before.loss_scale) == 2.0**15
-
-    def step(**changes: int | float) -> tuple[TrainState, float]:
-        state, metrics = trainer.steps(initial(trainer, **changes), None, placed(trainer, steps=1), "train")
-        return state, float(metrics.loss[0])
-
-    state, loss = step()
-    assert loss == pytest.approx(on_one_device.losses[0], rel=0.01)
-    assert (int(state.step), int(state.good_steps), float(state.loss_scale)) == (1, 1, 2.0**15)
-    assert not same(state.params, before.params)
-
-    state, _ = step(loss_scale=2.0**100, good_steps=7)
-    assert (int(state.step), int(state.good_steps), float(state.loss_scale)) == (1, 0, 2.0**99)
-    assert same(state.params, before.params)
-    assert same(state.opt_state, before.opt_state)
-
-    state, _ = step(good_steps=1999)
-    assert (int(state.good_steps), float(state.loss_scale)) == (0, 2.0**16)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two trees hold the same bits."""
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one, other)))
-
-
-def test_the_compute_type_is_chosen_by_name() -> None:
-    assert compute_dtype("bfloat16") == jnp.bfloat16
-    assert compute_dtype("auto") == jnp.float32, "on CPU"
-
-
-# ------------------------------------------------------------------------------------------------- which steps, and how
-
-
 def test_dispatches_end_where_something_happens() -> None:
     config = tiny_config(train__max_iters=25, train__eval_interval=10, train__log_interval=4, quant__start_step=13)
     runs = list(dispatches(config, 0))
     assert runs == [(0, 4), (4, 8), (8, 10), (10, 12), (12, 13), (13, 16), (16, 20), (20, 24), (24, 25)]
     assert list(dispatches(config, 16)) == runs[6:]
     assert list(dispatches(config, 25)) == []
-
-
-def test_quantization_starts_at_its_step() -> None:
-    trainer = Trainer(tiny_config(quant__start_step=3))
-    assert [trainer.mode_at(step) for step in (0, 2, 3, 4)] == ["float", "float", "train", "train"]
-    trainer = Trainer(tiny_config(quant__mode="none"))
-    assert [trainer.mode_at(step) for step in (0, 5)] == ["float", "float"]
-
-
-def test_batches_are_the_same_on_the_device_and_from_disk(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(data_dir)
-    tokens = train_module.Tokens.open(data_dir, "train", 8, VOCABULARY.size)
-    mesh = Trainer(config).mesh
-    resident = Batches(config, tokens, mesh)
-    monkeypatch.setattr(train_module, "RESIDENT_BYTES", 0)
-    mapped = Batches(config, tokens, mesh)
-    assert resident.corpus is not None
-    assert mapped.corpus is None
-    starts = np.asarray(resident(3, 5))
-    assert starts.shape == (2, 8)
-    windows = np.asarray(resident.corpus)[starts[..., None] + np.arange(9)]
-    np.testing.assert_array_equal(mapped(3, 5), windows)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -296,7 +147,7 @@ def test_nothing_happens_when_there_is_nothing_left_to_do(finished: Run, workdir
 def test_a_text_too_large_for_the_device_gives_the_same_parameters(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(trainer_module, "RESIDENT_BYTES", 0)
     config = longer(finished.config, 4)
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, log_interval=4)), VOCABULARY, tmp_path)
     one, other = (restored(folder, 4, finished.config) for folder in (tmp_path, finished.workdir))
@@ -449,103 +300,6 @@ def test_a_signal_during_the_last_steps_comes_too_late(
     """The run is complete then, and its program ends as one that is."""
     interrupt(monkeypatch, 8)
     assert train(finished.config, VOCABULARY, tmp_path) == finished.result
-
-
-# ------------------------------------------------------------------------------------------------------ what may resume
-
-
-@pytest.fixture
-def resumable(tmp_path: Path) -> Callable[..., None]:
-    """Writes a run's folder, then asks whether a run with these changes may go on there."""
-    config = tiny_config("data")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(4, {"x": np.zeros(1)}, {"config": config.to_dict()}, 1.5)
-    write_json(tmp_path / "config.json", config.to_dict())
-    VOCABULARY.save(tmp_path / "vocab.json")
-
-    def check(resume: bool | None = None, vocabulary: Vocabulary = VOCABULARY, **changes: Any) -> None:
-        check_resumable(tmp_path, tiny_config(**{"data_dir": "data", **changes}), vocabulary, resume)
-
-    return check
-
-
-def test_a_run_resumes_with_the_same_configuration(resumable: Callable[..., None]) -> None:
-    resumable()
-    resumable(resume=True)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(train__max_iters=100),
-        dict(train__eval_interval=3, train__eval_iters=1, train__log_interval=1),
-        dict(train__gradient_accumulation_steps=2),
-        dict(data_dir="/moved"),
-        dict(mesh__data=-1, mesh__fsdp=2, mesh__tensor=2),
-        dict(checkpoint__keep=5, log__tensorboard=True),
-    ],
-)
-def test_what_moves_no_parameter_may_change(resumable: Callable[..., None], changes: dict[str, Any]) -> None:
-    resumable(**changes)
-
-
-def test_what_moves_a_parameter_may_not_change(resumable: Callable[..., None]) -> None:
-    sections = tiny_config().to_dict()
-    free = ("max_iters", "eval_interval", "eval_iters", "log_interval", "gradient_accumulation_steps")
-    keys = [
-        *(f"{section}.{key}" for section in ("model", "quant", "optimizer") for key in sections[section]),
-        *(f"train.{key}" for key in sections["train"] if key not in free),
-    ]
-    assert not train_module.FREE_ON_RESUME & set(keys)
-    known = {f"{section}.{key}" for section, values in sections.items() for key in values}
-    assert set(keys) | train_module.FREE_ON_RESUME == known, "every key is on one side"
-    message = (
-        r"holds a run with another configuration: model\.n_layer \(1 there, 2 here\), "
-        r"optimizer\.learning_rate \(0\.03 there, 0\.02 here\); use its values, or another --workdir"
-    )
-    with pytest.raises(UserError, match=message):
-        resumable(model__n_layer=2, optimizer__learning_rate=0.02, train__max_iters=9)
-
-
-def test_another_vocabulary_of_the_same_size_is_refused(resumable: Callable[..., None]) -> None:
-    other = Vocabulary.from_text("0123456789\n\t")
-    assert other.size == VOCABULARY.size
-    with pytest.raises(UserError, match=r"was trained on another vocabulary than data; use another --workdir"):
-        resumable(vocabulary=other)
-
-
-def test_resume_and_noresume_insist(resumable: Callable[..., None], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--noresume: .* already holds a run; give another --workdir, or leave"):
-        resumable(resume=False)
-    empty = tmp_path / "empty"
-    with pytest.raises(
-        UserError, match=r"--resume: .*empty holds no run; give the --workdir of one, or leave --resume"
-    ):
-        check_resumable(empty, tiny_config(), VOCABULARY, True)
-    check_resumable(empty, tiny_config(), VOCABULARY, False)
-    check_resumable(empty, tiny_config(), VOCABULARY, None)
-
-
-def test_a_run_without_a_finished_checkpoint_has_nothing_to_resume(
-    resumable: Callable[..., None], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    shutil.rmtree(tmp_path / "checkpoints/4")
-    resumable()
-    with pytest.raises(UserError, match=r"--resume: .* holds no finished checkpoint yet; leave --resume out to start"):
-        resumable(resume=True)
-    trainer = Trainer(tiny_config("data"))
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        state, *rest = train_module.begin(trainer, checkpoints, tmp_path)
-    assert (int(state.step), rest) == (0, [0, math.inf, None])
-    assert capsys.readouterr().out == f"{tmp_path} holds no checkpoint yet: starting at step 0\n"
-
-
-def test_a_damaged_newest_checkpoint_is_no_import(resumable: Callable[..., None], tmp_path: Path) -> None:
-    for path in (tmp_path / "checkpoints/4/meta").iterdir():
-        path.unlink()
-    resumable()
-    with pytest.raises(UserError, match="holds a run with another configuration"):
-        resumable(optimizer__learning_rate=0.02)
 
 
 # ----------------------------------------------------------------------------------------------------- scripts/train.py

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import numpy as np
+
 from configs.base import get_config
 from picogpt_jax import devices
 from picogpt_jax.config import Config
@@ -47,3 +50,8 @@ def quick_compilation() -> Iterator[None]:
     """Compiles in a third of the time, for tests that do not compare bits between two programs."""
     with mock.patch.dict(devices.COMPILER_OPTIONS, xla_backend_optimization_level="0"):
         yield
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same bits."""
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one, other)))

@@ -1,0 +1,208 @@
+"""The compiled parts of a training: the first state, the step, and the batches as it takes them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt16
+
+from picogpt_jax import checkpoint, sharding
+from picogpt_jax.config import Config
+from picogpt_jax.data import Tokens, batch_starts
+from picogpt_jax.devices import compiler_options
+from picogpt_jax.dropout import DropoutKey, fold
+from picogpt_jax.evaluate import Evaluator
+from picogpt_jax.model import GPT
+from picogpt_jax.optimizer import make_optimizer
+from picogpt_jax.quantization import Mode
+
+RESIDENT_BYTES = 256 << 20  # a training split up to this size lies on the device
+FIRST_LOSS_SCALE = 2.0**15  # float16: as in PyTorch's GradScaler, halved at an overflow, doubled after 2,000 good steps
+STEPS_TO_DOUBLE = 2000
+
+
+@struct.dataclass
+class TrainState:
+    """All that the next step depends on, besides the configuration and the data."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    loss_scale: Float[Array, ""]  # float16 only; 1 otherwise
+    good_steps: Int[Array, ""]  # since the loss scale last changed
+
+
+@struct.dataclass
+class StepMetrics:
+    loss: Float[Array, "..."]
+    grad_norm: Float[Array, "..."]
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class Trainer:
+    """The compiled parts of one run: initialisation, training steps, evaluation; nothing here touches the disk."""
+
+    def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
+        self.config = config
+        self.dtype = compute_dtype(config.train.dtype)
+        self.optimizer = make_optimizer(config.optimizer)
+        micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps
+        self.mesh: Mesh = sharding.make_mesh(config.mesh, micro_batch, devices)
+        self.abstract_state = self._abstract_state()
+        # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
+        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=compiler_options())
+
+    def model(self, mode: Mode) -> GPT:
+        return GPT(self.config.model, self.config.quant, mode, self.dtype)
+
+    def mode_at(self, step: int) -> Mode:
+        quant = self.config.quant
+        return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
+
+    def _init_params(self) -> Any:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self.model("float").init(jax.random.key(self.config.train.seed), tokens)["params"]
+
+    def _init_state(self) -> TrainState:
+        return self._first_state(nn.unbox(self._init_params()))
+
+    def _first_state(self, params: Any) -> TrainState:
+        scale = FIRST_LOSS_SCALE if self.dtype == jnp.float16 else 1.0
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            loss_scale=jnp.float32(scale),
+            good_steps=jnp.int32(0),
+        )
+
+    def _abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without computing it."""
+        state = jax.eval_shape(self._init_state)
+        param_shardings = sharding.parameter_shardings(jax.eval_shape(self._init_params), self.mesh)
+        everywhere = sharding.replicated(self.mesh)
+        shardings = dataclasses.replace(
+            jax.tree.map(lambda _: everywhere, state),
+            params=param_shardings,
+            opt_state=optax.tree.map_params(
+                self.optimizer,
+                lambda _, place: place,
+                state.opt_state,
+                param_shardings,
+                transform_non_params=lambda _: everywhere,
+            ),
+        )
+        return checkpoint.abstract(state, shardings)
+
+    def init(self, params: Any = None) -> TrainState:
+        """The state before the first step, with new parameters or with `params`, such as imported ones."""
+        shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options())
+        if params is None:
+            return jax.jit(self._init_state, **options)()
+        return jax.jit(self._first_state, **options)(params)
+
+    def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
+        # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
+        rngs = {"stochastic_rounding": jax.random.fold_in(jax.random.key(key.seed), key.row)}
+        logits_BTV = self.model(mode).apply({"params": params}, tokens_BT1[:, :-1], key, rngs=rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT1[:, 1:]).mean()
+
+    def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
+        """Mean loss and gradient of a batch, computed in `gradient_accumulation_steps` parts."""
+        seed = fold(jnp.uint32(self.config.train.seed), state.step.astype(jnp.uint32))
+        parts = self.config.train.gradient_accumulation_steps
+        rows = tokens_BT1.shape[0] // parts
+
+        def part(index: Int[Array, ""], tokens: Int[Array, "b T1"]) -> tuple[Float[Array, ""], Any]:
+            key = DropoutKey(seed=seed, row=(index * rows).astype(jnp.uint32))
+            scaled = lambda params: self._loss(params, tokens, key, mode) * state.loss_scale  # noqa: E731
+            loss, gradients = jax.value_and_grad(scaled)(state.params)
+            return loss, gradients
+
+        if parts == 1:
+            loss, gradients = part(jnp.int32(0), tokens_BT1)
+        else:
+            split = tokens_BT1.reshape(parts, rows, -1)
+            split = lax.with_sharding_constraint(split, sharding.batch_sharding(self.mesh, 1))
+            zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+            add = lambda total, item: (jax.tree.map(jnp.add, total, part(*item)), None)  # noqa: E731
+            (loss, gradients), _ = lax.scan(add, zero, (jnp.arange(parts), split))
+        factor = 1.0 / (parts * state.loss_scale)
+        return loss * factor, jax.tree.map(lambda gradient: gradient * factor, gradients)
+
+    def _step(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = self._gradients(state, tokens_BT1, mode)
+        grad_norm = optax.tree.norm(gradients)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        new = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        if self.dtype == jnp.float16:
+            new = _after_loss_scaling(state, new, jnp.isfinite(grad_norm))
+        return dataclasses.replace(new, step=state.step + 1), StepMetrics(loss=loss, grad_norm=grad_norm)
+
+    def _steps(
+        self, state: TrainState, corpus: UInt16[Array, " N"] | None, batches: Array, mode: Mode
+    ) -> tuple[TrainState, StepMetrics]:
+        def body(state: TrainState, batch: Array) -> tuple[TrainState, StepMetrics]:
+            if corpus is not None:  # the batch is where its sequences start
+                length = self.config.model.block_size + 1
+                batch = jax.vmap(lambda start: lax.dynamic_slice_in_dim(corpus, start, length))(batch)
+            tokens_BT1 = lax.with_sharding_constraint(batch.astype(jnp.int32), sharding.batch_sharding(self.mesh))
+            return self._step(state, tokens_BT1, mode)
+
+        return lax.scan(body, state, batches)
+
+    def evaluator(self, mode: Mode) -> Evaluator:
+        quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
+        model = self.model(mode).clone(quant=quant)
+
+        def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
+            return model.apply({"params": params}, tokens_BT)
+
+        return Evaluator(forward, self.mesh, self.config.model.block_size, self.config.train.batch_size)
+
+
+def _after_loss_scaling(old: TrainState, new: TrainState, finite: Array) -> TrainState:
+    """Keeps the old parameters where a float16 gradient overflowed, and moves the loss scale."""
+    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    good_steps = jnp.where(finite, old.good_steps + 1, 0)
+    double = good_steps >= STEPS_TO_DOUBLE
+    loss_scale = jnp.where(finite, jnp.where(double, old.loss_scale * 2, old.loss_scale), old.loss_scale / 2)
+    loss_scale = jnp.maximum(loss_scale, 1.0)
+    return dataclasses.replace(kept, loss_scale=loss_scale, good_steps=jnp.where(double, 0, good_steps))
+
+
+class Batches:
+    """The training split as the steps want it: on the device where it is small, else read from disk step by step."""
+
+    def __init__(self, config: Config, tokens: Tokens, mesh: Mesh) -> None:
+        self.config, self.tokens, self.mesh = config, tokens, mesh
+        resident = tokens.ids.nbytes <= RESIDENT_BYTES
+        self.corpus = jax.device_put(np.asarray(tokens.ids), sharding.replicated(mesh)) if resident else None
+
+    def __call__(self, first: int, stop: int) -> Array:
+        """The batches of steps first .. stop-1: starts int32 [K, B], or tokens uint16 [K, B, T+1]."""
+        train, block_size = self.config.train, self.config.model.block_size
+        starts_KB = np.stack(
+            [
+                batch_starts(train.seed, step, len(self.tokens), train.batch_size, block_size)
+                for step in range(first, stop)
+            ]
+        )
+        place = sharding.batch_sharding(self.mesh, 1)
+        if self.corpus is not None:
+            return jax.device_put(starts_KB.astype(np.int32), place)
+        return jax.device_put(self.tokens.windows(starts_KB, block_size + 1), place)

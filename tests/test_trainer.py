@@ -1,0 +1,164 @@
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny import VOCABULARY, quick_compilation, same, tiny_config, write_data
+
+from picogpt_jax import trainer as trainer_module
+from picogpt_jax.config import Config
+from picogpt_jax.data import Tokens
+from picogpt_jax.sharding import batch_sharding, replicated
+from picogpt_jax.trainer import Batches, Trainer, TrainState, compute_dtype
+
+TEXT = "abcdefghij" * 40  # each character tells the next one
+TRAIN_BIN = VOCABULARY.encode(TEXT)
+BATCHES = TRAIN_BIN[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # of four steps: uint16 [4, 8, 9]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly_and_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs that need the same program compile it once, through the cache that the scripts use as well."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with quick_compilation():
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), TEXT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Four optimizer steps."""
+
+    trainer: Trainer
+    state: TrainState
+    losses: np.ndarray
+    grad_norms: np.ndarray
+
+    @classmethod
+    def take(cls, config: Config, n_devices: int = 1) -> Self:
+        trainer = Trainer(config, jax.devices()[:n_devices])
+        assert trainer.mesh.size == n_devices
+        state, metrics = trainer.steps(trainer.init(), None, placed(trainer), "train")
+        return cls(trainer, state, np.asarray(metrics.loss), np.asarray(metrics.grad_norm))
+
+
+def placed(trainer: Trainer, steps: int = 4) -> jax.Array:
+    return jax.device_put(BATCHES[:steps], batch_sharding(trainer.mesh, 1))
+
+
+def initial(trainer: Trainer, **changes: int | float) -> TrainState:
+    """The first state with some of its scalars changed."""
+    state = trainer.init()
+    scalars = {name: np.asarray(value, getattr(state, name).dtype) for name, value in changes.items()}
+    return dataclasses.replace(state, **jax.device_put(scalars, replicated(trainer.mesh)))
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "changes"),
+    [
+        (2, dict(mesh__data=2)),
+        (4, dict(mesh__data=-1)),
+        (4, dict(mesh__fsdp=2, mesh__tensor=2)),
+        (1, dict(train__gradient_accumulation_steps=4)),
+    ],
+)
+def test_neither_devices_nor_accumulation_change_the_losses(
+    n_devices: int, changes: dict[str, int], on_one_device: Steps
+) -> None:
+    """With dropout: the masks are those of the whole batch on one device."""
+    config = tiny_config(**changes)
+    assert config.model.dropout == 0.1
+    steps = Steps.take(config, n_devices)
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-4)
+    np.testing.assert_allclose(steps.grad_norms, on_one_device.grad_norms, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> Steps:
+    return Steps.take(tiny_config())
+
+
+def test_every_step_has_masks_of_its_own(on_one_device: Steps) -> None:
+    """What the test above compares is not without dropout by mistake."""
+    trainer = on_one_device.trainer
+    _, metrics = trainer.steps(initial(trainer, step=1), None, placed(trainer), "train")
+    assert abs(float(metrics.loss[0]) - on_one_device.losses[0]) > 1e-4
+
+
+def test_int8_gradients_train(on_one_device: Steps) -> None:
+    """backward_bits=8, with losses close to those of float gradients, and other ones."""
+    steps = Steps.take(tiny_config(quant__backward_bits=8))
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.02)
+    assert np.any(steps.losses != on_one_device.losses)
+    loss = steps.trainer.evaluator("train").loss(steps.state.params, TRAIN_BIN)
+    assert np.isfinite(loss), "evaluation rounds no gradients"
+
+
+def test_bfloat16_trains_like_float32(on_one_device: Steps) -> None:
+    steps = Steps.take(tiny_config(train__dtype="bfloat16"))
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.01)
+    assert np.any(steps.losses != on_one_device.losses)
+    assert {leaf.dtype for leaf in jax.tree.leaves(steps.state.params)} == {jnp.dtype("float32")}
+
+
+def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
+    trainer = Trainer(tiny_config(train__dtype="float16"))
+    before = trainer.init()
+    assert float(before.loss_scale) == 2.0**15
+
+    def step(**changes: int | float) -> tuple[TrainState, float]:
+        state, metrics = trainer.steps(initial(trainer, **changes), None, placed(trainer, steps=1), "train")
+        return state, float(metrics.loss[0])
+
+    state, loss = step()
+    assert loss == pytest.approx(on_one_device.losses[0], rel=0.01)
+    assert (int(state.step), int(state.good_steps), float(state.loss_scale)) == (1, 1, 2.0**15)
+    assert not same(state.params, before.params)
+
+    state, _ = step(loss_scale=2.0**100, good_steps=7)
+    assert (int(state.step), int(state.good_steps), float(state.loss_scale)) == (1, 0, 2.0**99)
+    assert same(state.params, before.params)
+    assert same(state.opt_state, before.opt_state)
+
+    state, _ = step(good_steps=1999)
+    assert (int(state.good_steps), float(state.loss_scale)) == (0, 2.0**16)
+
+
+def test_the_compute_type_is_chosen_by_name() -> None:
+    assert compute_dtype("bfloat16") == jnp.bfloat16
+    assert compute_dtype("auto") == jnp.float32, "on CPU"
+
+
+def test_quantization_starts_at_its_step() -> None:
+    trainer = Trainer(tiny_config(quant__start_step=3))
+    assert [trainer.mode_at(step) for step in (0, 2, 3, 4)] == ["float", "float", "train", "train"]
+    trainer = Trainer(tiny_config(quant__mode="none"))
+    assert [trainer.mode_at(step) for step in (0, 5)] == ["float", "float"]
+
+
+def test_batches_are_the_same_on_the_device_and_from_disk(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(data_dir)
+    tokens = Tokens.open(data_dir, "train", 8, VOCABULARY.size)
+    mesh = Trainer(config).mesh
+    resident = Batches(config, tokens, mesh)
+    monkeypatch.setattr(trainer_module, "RESIDENT_BYTES", 0)
+    mapped = Batches(config, tokens, mesh)
+    assert resident.corpus is not None
+    assert mapped.corpus is None
+    starts = np.asarray(resident(3, 5))
+    assert starts.shape == (2, 8)
+    windows = np.asarray(resident.corpus)[starts[..., None] + np.arange(9)]
+    np.testing.assert_array_equal(mapped(3, 5), windows)
