@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from picogpt_jax import rounding
 from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.quantization import (
@@ -65,6 +66,7 @@ class Dense(nn.Module):
             kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
             dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
             y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
+        y_BTO = rounding.rounded(y_BTO)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias: Any = self.param("bias", init, (self.features,), jnp.float32)
@@ -140,25 +142,27 @@ def stored(module: nn.Module, name: str) -> QuantizedTensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, in float32; the result in the compute type."""
+    """LayerNorm over the last dimension, in float32 at least; the result in the compute type."""
 
     epsilon: float
     use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        replicated = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale: Any = self.param("scale", replicated, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        centred = x - mean
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * (lax.rsqrt(variance + self.epsilon) * as_row(scale, x.ndim))
+    def __call__(self, x: Float[Array, "... C"], exact: bool) -> Float[Array, "... C"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        vectors: list[Any] = [self.param("scale", init, (x.shape[-1],), jnp.float32)]
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-            bias: Any = self.param("bias", init, (x.shape[-1],), jnp.float32)
-            y = y + as_row(bias, x.ndim)
+            vectors.append(self.param("bias", init, (x.shape[-1],), jnp.float32))
+
+        def normalize(x: Array, scale: Array, *bias: Array) -> Array:
+            centred = x - x.mean(-1, keepdims=True)
+            y = centred * (lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon) * scale)
+            return y + bias[0] if bias else y
+
+        rows = [as_row(vector, x.ndim) for vector in vectors]
+        y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows)
         return y.astype(self.dtype)
 
 
@@ -178,18 +182,16 @@ def attention(
             the compiler can update the cache in place.
         rate, key, site: of the dropout on the attention weights.
     """
-    queries, time, head_size = q_BHtD.shape[2], k_BHTD.shape[2], q_BHtD.shape[3]
-    q_BHtD = q_BHtD * head_size**-0.5
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, k_BHTD).astype(jnp.float32)
-    visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
-        jnp.int32, (queries, time), 0
-    )
-    scores_BHtS = jnp.where(visible_tT[None, None], scores_BHtS, lowest)
+    if past is None and key is None:
+        return rounding.in_float64(causal_attention)(q_BHtD, k_BHTD, v_BHTD)
+    time = k_BHTD.shape[2]
+    q_BHtD = q_BHtD * q_BHtD.shape[3] ** -0.5
+    scores_BHtS = causal_scores(q_BHtD, k_BHTD)
     if past is not None:
         keys_BHSD, values_BHSD, length = past
         before_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, keys_BHSD).astype(jnp.float32)
-        before_BHtS = jnp.where(jnp.arange(keys_BHSD.shape[2])[None, None, None] < length, before_BHtS, lowest)
+        visible_S = jnp.arange(keys_BHSD.shape[2]) < length
+        before_BHtS = jnp.where(visible_S[None, None, None], before_BHtS, jnp.finfo(jnp.float32).min)
         scores_BHtS = jnp.concatenate([scores_BHtS, before_BHtS], axis=-1)
     weights_BHtS = jax.nn.softmax(scores_BHtS, axis=-1).astype(v_BHTD.dtype)
     weights_BHtS = dropout(weights_BHtS, rate, key, site)
@@ -197,6 +199,26 @@ def attention(
     if past is not None:
         y_BHtD = y_BHtD + jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., time:], values_BHSD)
     return y_BHtD
+
+
+def causal_scores(q_BHtD: Float[Array, "B H t D"], k_BHTD: Float[Array, "B H T D"]) -> Float[Array, "B H t T"]:
+    """Query-key products, in float32 at least; what a query may not see is the lowest number."""
+    queries, time = q_BHtD.shape[2], k_BHTD.shape[2]
+    scores_BHtT = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, k_BHTD)
+    scores_BHtT = scores_BHtT.astype(jnp.promote_types(scores_BHtT.dtype, jnp.float32))
+    visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
+        jnp.int32, (queries, time), 0
+    )
+    return jnp.where(visible_tT[None, None], scores_BHtT, jnp.finfo(scores_BHtT.dtype).min)
+
+
+def causal_attention(
+    q_BHtD: Float[Array, "B H t D"], k_BHTD: Float[Array, "B H T D"], v_BHTD: Float[Array, "B H T D"]
+) -> Float[Array, "B H t D"]:
+    """Attention without past and dropout."""
+    scores_BHtT = causal_scores(q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHTD)
+    weights_BHtT = jax.nn.softmax(scores_BHtT, axis=-1).astype(v_BHTD.dtype)
+    return jnp.einsum("bhts,bhsd->bhtd", weights_BHtT, v_BHTD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -222,11 +244,22 @@ def _merge_gradients(
 split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
 
 
-ACTIVATIONS = {
-    "gelu": lambda x: 0.5 * x * (1.0 + lax.erf(x * 0.5**0.5)),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+def gelu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """x * Phi(x), with the error function."""
+    return 0.5 * x * (1.0 + rounding.erf(x * 0.5**0.5, exact))
+
+
+def gelu_tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """GPT-2's approximation of `gelu`."""
+    return rounding.in_float64(functools.partial(jax.nn.gelu, approximate=True), exact)(x)
+
+
+def relu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """max(x, 0), which is always exact."""
+    return jnp.maximum(x, 0.0)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
 class Attention(nn.Module):
@@ -281,7 +314,7 @@ class MLP(nn.Module):
         config = self.config
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
         h_BTF = Dense(config.n_hidden, name="c_fc", init_stddev=INIT_STDDEV, axes=("embed", "mlp"), **dense)(x_BTC)
-        h_BTF = ACTIVATIONS[config.activation](h_BTF)
+        h_BTF = ACTIVATIONS[config.activation](h_BTF, exact=key is None)
         stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
         y_BTC = Dense(config.n_embd, name="c_proj", init_stddev=stddev, axes=("mlp", "embed"), **dense)(h_BTF)
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
@@ -302,11 +335,14 @@ class Block(nn.Module):
         last_only: bool,
     ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
         config = self.config
+        exact = key is None
         norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
         parts = (config, self.quant, self.mode, self.dtype)
-        y_BTC, updated = Attention(*parts, name="attn")(LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only)
+        y_BTC, updated = Attention(*parts, name="attn")(
+            LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
+        )
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
-        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key), updated
+        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key), updated
 
 
 class GPT(nn.Module):
@@ -343,7 +379,7 @@ class GPT(nn.Module):
         Args:
             tokens_BT: token ids; without a cache they are at positions 0.., with one they follow what it holds.
             keep_cache: without a cache, start one with these tokens.
-            key: dropout's key; None in evaluation.
+            key: dropout's key; None in evaluation, which is exact: see `picogpt_jax.rounding`.
             cache: keys and values of earlier positions.
             last_only: compute the logits of the last position only, [B, 1, V].
 
@@ -366,7 +402,7 @@ class GPT(nn.Module):
             # Of the last layer, only the keys and values of the other positions matter to the last one.
             x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
             updates.append(updated)
-        logits_BTV = self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32)
+        logits_BTV = self.wte.attend(self.ln_f(x_BTC, exact=key is None)).astype(jnp.float32)
         if cache is None and not keep_cache:
             return logits_BTV
         if cache is None:

@@ -85,13 +85,13 @@ class LayerNorm:
     """LayerNorm over the last dimension."""
 
     def __init__(self, weight: Array, bias: Array | None, epsilon: float) -> None:
-        self.weight, self.bias, self.epsilon = weight, bias, np.float32(epsilon)
+        self.weight, self.bias, self.epsilon = weight, bias, epsilon
 
     def __call__(self, x: Array) -> Array:
-        centred = x - x.mean(-1, keepdims=True)
+        centred = x.astype(np.float64) - x.mean(-1, dtype=np.float64, keepdims=True)
         variance = np.square(centred).mean(-1, keepdims=True)
         y = centred * (self.weight / np.sqrt(variance + self.epsilon))
-        return y if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).astype(np.float32)
 
 
 # erf(x) = x P(x^2) / Q(x^2) for small x, and 1 - exp(-x^2) P(x) / Q(x) beyond; highest power first.
@@ -121,12 +121,14 @@ def erf(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def gelu(x: Array) -> Array:
     """The exact form, x * Phi(x)."""
-    return (0.5 * x * (1.0 + erf(x.astype(np.float64) * math.sqrt(0.5)))).astype(np.float32)
+    half, root = np.float32(0.5), np.float32(math.sqrt(0.5))
+    return half * x * (1 + erf((x * root).astype(np.float64)).astype(np.float32))
 
 
 def gelu_tanh(x: Array) -> Array:
     """GPT-2's approximation of `gelu`."""
-    return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def relu(x: Array) -> Array:
@@ -266,10 +268,11 @@ class NumpyGPT:
         if cache is not None:
             k_BHSD, v_BHSD = cache.extend(layer, k_BHSD, v_BHSD)
         keys = k_BHSD.shape[2]
-        scores_BHTS = q_BHTD @ k_BHSD.swapaxes(-1, -2) * np.float32(q_BHTD.shape[-1] ** -0.5)
+        q_BHTD, k_BHSD, v_BHSD = (array.astype(np.float64) for array in (q_BHTD, k_BHSD, v_BHSD))
+        scores_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.swapaxes(-1, -2)
         hidden_TS = np.triu(np.ones((queries, keys), bool), keys - queries + 1)
         scores_BHTS[..., hidden_TS] = -np.inf
         weights_BHTS = np.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True))
         weights_BHTS /= weights_BHTS.sum(-1, keepdims=True)
-        y_BTHD = (weights_BHTS @ v_BHSD).transpose(0, 2, 1, 3)
+        y_BTHD = (weights_BHTS @ v_BHSD).astype(np.float32).transpose(0, 2, 1, 3)
         return block["attn.c_proj"](y_BTHD.reshape(batch, queries, width))

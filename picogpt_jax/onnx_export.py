@@ -17,6 +17,10 @@ again, and its sum is exact. Unsigned activations times signed weights are ONNX 
 AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
 an exact one, which is slower with VNNI (`picogpt_jax.onnx_model` sets it where it is needed).
 
+The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
+`exact=False` they are ONNX Runtime's own in float32: faster where whole windows are computed, and now and then another
+token where two are almost equally likely.
+
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.
 
@@ -52,8 +56,11 @@ HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing
 Weights = Literal["int8", "float"]
 
 
-def save_onnx(model: Int8Model, folder: str | os.PathLike[str]) -> None:
+def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
     """Writes the folder in one step; an earlier one is replaced as a whole.
+
+    Args:
+        exact: LayerNorm and attention in float64, as JAX computes them; else in float32.
 
     Raises:
         UserError: `folder` cannot be written or holds other files.
@@ -64,20 +71,21 @@ def save_onnx(model: Int8Model, folder: str | os.PathLike[str]) -> None:
         **tokenizer_files(model.vocabulary, model.model.block_size),
     }
     check_replaceable(folder, {MODEL_FILE, *documents})
-    content = onnx_model(model).SerializeToString()
+    content = onnx_model(model, exact=exact).SerializeToString()
     with atomic_folder(folder) as temporary:
         (temporary / MODEL_FILE).write_bytes(content)
         for name, document in documents.items():
             write_json(temporary / name, document)
 
 
-def onnx_model(model: Int8Model, weights: Weights = "int8") -> onnx.ModelProto:
+def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) -> onnx.ModelProto:
     """The checked graph.
 
     Args:
+        exact: as in `save_onnx`.
         weights: "float": the same graph with the dequantized weights in float32, as a measure for the int8 one.
     """
-    graph = GraphBuilder(model, weights).build()
+    graph = GraphBuilder(model, weights, exact).build()
     opset = helper.make_opsetid("", OPSET)
     proto = helper.make_model(
         graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="picogpt_jax", producer_version=__version__
@@ -91,8 +99,8 @@ def onnx_model(model: Int8Model, weights: Weights = "int8") -> onnx.ModelProto:
 class GraphBuilder:
     """Adds nodes in the order of computation; every method takes and returns names of values."""
 
-    def __init__(self, model: Int8Model, weights: Weights) -> None:
-        self.model, self.config, self.is_float = model, model.model, weights == "float"
+    def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
+        self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -102,10 +110,6 @@ class GraphBuilder:
         inputs, outputs = self.signature()
         self.constant("logits_to_keep", np.zeros(1, np.int64))  # the default of an input
         first_kept = self.add("Neg", "logits_to_keep")  # -0 is the first of all
-        # ONNX Runtime has one kernel for MatMulInteger, Cast and a product of two scales, as long as that product is no
-        # constant: the weight's scales are multiplied by this one, which is never folded away.
-        always = self.add("Equal", "logits_to_keep", "logits_to_keep")
-        self.add("Cast", always, to=TensorProto.FLOAT, output="one_float")
         x_BTC = self.add("Add", self.lookup("wte", "input_ids"), self.lookup("wpe", "position_ids"))
         mask_B1TS = self.mask()
         for layer in range(config.n_layer):
@@ -180,9 +184,8 @@ class GraphBuilder:
         else:
             codes, scale = self.quantize(x)
             product = self.add("MatMulInteger", codes, weight, self.constant("zero_point", ZERO_POINT))
-            weight_scale = self.add("Mul", "one_float", self.scale(name))
-            product = self.add("Mul", self.add("Cast", product, to=TensorProto.FLOAT), weight_scale)
-            y = self.add("Mul", product, scale, output=last)
+            product = self.add("Mul", self.add("Cast", product, to=TensorProto.FLOAT), scale)
+            y = self.add("Mul", product, self.scale(name), output=last)
         return y if bias is None else self.add("Add", y, self.constant(f"{name}.bias", bias), output=output)
 
     def quantize(self, x: str) -> tuple[str, str]:
@@ -203,7 +206,14 @@ class GraphBuilder:
         vectors = self.model.vectors
         names = [name for name in (f"{name}.weight", f"{name}.bias") if name in vectors]
         parameters = [self.constant(name, vectors[name]) for name in names]
-        return self.add("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.layer_norm_epsilon)
+        if self.exact:
+            x, *parameters = (self.cast(value, TensorProto.DOUBLE) for value in (x, *parameters))
+        y = self.add("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.layer_norm_epsilon)
+        return self.cast(y, TensorProto.FLOAT) if self.exact else y
+
+    def cast(self, x: str, dtype: int) -> str:
+        """`x` in another type."""
+        return self.add("Cast", x, to=dtype)
 
     def mask(self) -> str:
         """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
@@ -218,7 +228,8 @@ class GraphBuilder:
         causal_TS = self.add("LessOrEqual", key_S, self.add("Unsqueeze", query_T, self.integers(-1)))
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
         visible_B1TS = self.add("And", causal_TS, self.add("Unsqueeze", admitted_BS, self.integers(1, 2)))
-        seen, hidden = self.constant("seen", np.float32(0)), self.constant("hidden", HIDDEN)
+        dtype = np.float64 if self.exact else np.float32
+        seen, hidden = self.constant("seen", dtype(0)), self.constant("hidden", dtype(HIDDEN))
         return self.add("Where", visible_B1TS, seen, hidden)
 
     def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
@@ -245,11 +256,24 @@ class GraphBuilder:
         k_BHSD = self.add("Concat", f"{past}.key", k_BHTD, axis=2, output=f"present.{layer}.key")
         v_BHSD = self.add("Concat", f"{past}.value", v_BHTD, axis=2, output=f"present.{layer}.value")
         q_BHTD, mask_B1TS = self.kept(q_BHTD, 2, first_kept), self.kept(mask_B1TS, 2, first_kept)
+        if self.exact:
+            q_BHTD, k_BHSD, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHSD, v_BHSD))
+        score_scale = (np.float64 if self.exact else np.float32)(config.head_size**-0.5)
+        q_BHTD = self.add("Mul", q_BHTD, self.constant("score_scale", score_scale))
         scores = self.add("MatMul", q_BHTD, self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2]))
-        scores = self.add("Mul", scores, self.constant("score_scale", np.float32(config.head_size**-0.5)))
-        weights_BHTS = self.add("Softmax", self.add("Add", scores, mask_B1TS), axis=-1)
-        y_BTHD = self.add("Transpose", self.add("MatMul", weights_BHTS, v_BHSD), perm=[0, 2, 1, 3])
+        y_BHTD = self.weighted(self.add("Add", scores, mask_B1TS), v_BHSD)
+        y_BTHD = self.add("Transpose", y_BHTD, perm=[0, 2, 1, 3])
         return self.add("Reshape", y_BTHD, self.integers(0, 0, config.n_embd))
+
+    def weighted(self, scores_BHTS: str, v_BHSD: str) -> str:
+        """The values weighted by the softmax of the scores, float32 [B, H, T, D]."""
+        if not self.exact:
+            return self.add("MatMul", self.add("Softmax", scores_BHTS, axis=-1), v_BHSD)
+        # ONNX Runtime's Softmax is slow in float64.
+        last = self.integers(-1)
+        weights = self.add("Exp", self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last)))
+        y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
+        return self.cast(y_BHTD, TensorProto.FLOAT)
 
     def kept(self, value: str, axis: int, first_kept: str | None) -> str:
         """`value` from the index `first_kept` on; all of it without one."""

@@ -11,6 +11,9 @@ features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs too) h
 
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers; N rows (tokens),
 I input features, O output features of a matmul.
+
+LayerNorm and attention are computed in float64 and rounded once, so that the text is JAX's (`picogpt_jax.rounding`);
+with `exact=False` in float32, which is faster where whole windows are computed.
 """
 
 import functools
@@ -37,11 +40,18 @@ from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact form, x * Phi(x), rounded at the steps at which JAX rounds it."""
+    return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation of `gelu`."""
+    return F.gelu(x.double(), approximate="tanh").float()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
 
 
 def quantize_activations(x_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,19 +152,19 @@ class Int8Matrix(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, in float32."""
+    """LayerNorm over the last dimension, computed in `dtype`."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float) -> None:
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.register_buffer("weight", torch.tensor(weight))
-        self.register_buffer("bias", None if bias is None else torch.tensor(bias))
+        self.register_buffer("weight", torch.tensor(weight, dtype=dtype))
+        self.register_buffer("bias", None if bias is None else torch.tensor(bias, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.epsilon).float()
 
 
 class KVCache:
@@ -176,12 +186,12 @@ class KVCache:
 class Block(nn.Module):
     """A pre-LayerNorm transformer block."""
 
-    def __init__(self, model: Int8Model, layer: int) -> None:
+    def __init__(self, model: Int8Model, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer, self.n_head = layer, model.model.n_head
+        self.layer, self.n_head, self.dtype = layer, model.model.n_head, dtype
         self.activation = ACTIVATIONS[model.model.activation]
         name = f"transformer.h.{layer}"
-        self.ln_1, self.ln_2 = layer_norm(model, f"{name}.ln_1"), layer_norm(model, f"{name}.ln_2")
+        self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
         self.c_attn, self.attn_proj = matrix(model, f"{name}.attn.c_attn"), matrix(model, f"{name}.attn.c_proj")
         self.c_fc, self.mlp_proj = matrix(model, f"{name}.mlp.c_fc"), matrix(model, f"{name}.mlp.c_proj")
 
@@ -200,8 +210,9 @@ class Block(nn.Module):
         visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
         if 1 < queries < keys:
             visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=x_BTC.device).tril(keys - queries)
+        q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
-        return self.attn_proj(y_BHTD.transpose(1, 2).reshape(batch, queries, width))
+        return self.attn_proj(y_BHTD.float().transpose(1, 2).reshape(batch, queries, width))
 
 
 def matrix(model: Int8Model, name: str) -> Int8Matrix:
@@ -209,25 +220,29 @@ def matrix(model: Int8Model, name: str) -> Int8Matrix:
     return Int8Matrix(model.matrices[name], model.vectors.get(f"{name}.bias"), model.quantization.activation_bits)
 
 
-def layer_norm(model: Int8Model, name: str) -> LayerNorm:
-    """The LayerNorm `name`."""
+def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
+    """The LayerNorm `name`, computed in `dtype`."""
     weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
-    return LayerNorm(weight, bias, model.model.layer_norm_epsilon)
+    return LayerNorm(weight, bias, model.model.layer_norm_epsilon, dtype)
 
 
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
+    Args:
+        exact: LayerNorm and attention in float64, as JAX computes them; else in float32.
+
     Attributes:
         config: the architecture.
     """
 
-    def __init__(self, model: Int8Model) -> None:
+    def __init__(self, model: Int8Model, exact: bool = True) -> None:
         super().__init__()
+        dtype = torch.float64 if exact else torch.float32
         self.config = model.model
         self.wte, self.wpe = matrix(model, "transformer.wte"), matrix(model, "transformer.wpe")
-        self.h = nn.ModuleList([Block(model, layer) for layer in range(self.config.n_layer)])
-        self.ln_f = layer_norm(model, "transformer.ln_f")
+        self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
+        self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Int8GPT":

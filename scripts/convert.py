@@ -27,6 +27,12 @@ TO = flags.DEFINE_enum(
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
 )
+EXACT = flags.DEFINE_bool(
+    "exact",
+    True,
+    "With --to=onnx: LayerNorm and attention in float64, so that the text is JAX's. --noexact is faster where whole "
+    "windows are computed (--overflow=slide, prompts).",
+)
 DATA = flags.DEFINE_string(
     "data",
     None,
@@ -44,6 +50,8 @@ def main() -> None:
         raise UserError(f"--requantize goes with --to=torch-int8, not with --to={TO.value}")
     if DATA.value and not REQUANTIZE.value and TO.value != "checkpoint":
         raise UserError("--data goes with --requantize=per_tensor, whose cost it measures; leave it out")
+    if not EXACT.value and TO.value != "onnx":
+        raise UserError(f"--noexact goes with --to=onnx, not with --to={TO.value}")
     FORMATS[TO.value]()
 
 
@@ -129,7 +137,7 @@ def to_gguf() -> None:
 def to_onnx() -> None:
     from picogpt_jax.onnx_export import save_onnx
 
-    save_onnx(sources.load_int8(INPUT.value), OUTPUT.value)
+    save_onnx(sources.load_int8(INPUT.value), OUTPUT.value, EXACT.value)
     size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
     print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
 

@@ -258,7 +258,9 @@ def test_every_product_with_a_weight_is_int8_with_int32_sums() -> None:
     """In what is asked of the compiler, when serving and in the forward pass of training."""
     n_layer = 2
     config = tiny_config(model__n_layer=n_layer)
-    expected = {("int8", "int8", "int32"): 4 * n_layer + 1, ("float32", "float32", "float32"): 2 * n_layer}
+    expected = {("int8", "int8", "int32"): 4 * n_layer + 1}
+    # Attention, as it is on CPU and elsewhere.
+    expected |= dict.fromkeys([("float64",) * 3, ("float32",) * 3], 2 * n_layer)
     for mode, variables in (("serve", served(config)), ("train", {"params": random_params(config)})):
         model = GPT(config.model, config.quant, mode)
         traced = jax.jit(lambda variables, model=model: model.apply(variables, TOKENS)).trace(variables)

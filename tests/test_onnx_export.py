@@ -142,7 +142,7 @@ def test_the_integers_are_ours() -> None:
     scales = 10.0 ** generator.uniform(-30, 30, (2000, 1))
     x = (generator.normal(size=(2000, 64)) * scales).astype(np.float32)
     x[0], x[1, 1:], x[2] = 0, 0, [127, *np.arange(63) + 0.5]
-    builder = GraphBuilder(random_model(), "int8")
+    builder = GraphBuilder(random_model(), "int8", exact=True)
     codes, scale = builder.quantize("x")
     graph = helper.make_graph(
         builder.nodes,
