@@ -3,8 +3,8 @@
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, F hidden width, V vocabulary.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax import rounding
-from picogpt_jax.config import ModelConfig, QuantConfig
+from picogpt_jax import attention, rounding
+from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.quantization import (
     INT8_COLLECTION,
@@ -25,13 +25,28 @@ from picogpt_jax.quantization import (
     int8_dot,
     quantized_dot_general,
 )
+from picogpt_jax.sharding import constrain, splits
 
 # Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
 LayerCache = tuple[Array, Array, Array]
 
-# GPT-2's initialisation: normal(0.02), and 0.02 / sqrt(2 * n_layer) for the projections into the residual stream.
 INIT_STDDEV = 0.02
 FLOAT32 = jnp.dtype("float32")
+# "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
+# "dots" also keeps the results of the products with weights, which are most of that work.
+REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def init_stddev(name: str, n_layer: int) -> float:
+    """GPT-2's initialisation: normal(0.02), and 0.02 / sqrt(2 * n_layer) for the projections into the residual stream.
+
+    Args:
+        name: of the layer, such as c_attn; `c_proj` is what projects into the residual stream.
+    """
+    return INIT_STDDEV * (2 * n_layer) ** -0.5 if name == "c_proj" else INIT_STDDEV
 
 
 @struct.dataclass
@@ -55,22 +70,35 @@ class Dense(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
-    init_stddev: float
+    n_layer: int
     axes: tuple[str, str]
+    parts: int = 1  # q, k and v side by side are three
 
     @nn.compact
-    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T *O"]:
+        """[B, T, features]; or [B, T, parts, features / parts], where each part's features are split over devices."""
+        apart = self.parts > 1 and splits("heads")
+        shape = (self.parts, self.features // self.parts)
         if self.mode == "serve":
-            y_BTO = int8_dot(x_BTI, stored(self, "kernel"), self.quant.activation_bits)
+            kernel_OI = stored(self, "kernel")
+            if apart:
+                kernel_OI = in_parts(kernel_OI, shape)
+            y_BTO = int8_dot(x_BTI, kernel_OI, self.quant.activation_bits)
         else:
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), self.axes)
+            normal = nn.initializers.normal(init_stddev(self.name or "", self.n_layer))
+            init = nn.with_logical_partitioning(normal, self.axes)
             kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
+            if apart:
+                # Stored side by side, a device's share is no whole heads: the weights move, not the activations.
+                kernel_IO = constrain(kernel_IO.reshape(-1, *shape), "embed", None, "heads")
             dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
             y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
         y_BTO = rounding.rounded(y_BTO)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+            if apart:
+                bias = constrain(bias.reshape(shape), None, "heads")
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
         return y_BTO.astype(self.dtype)
 
@@ -95,6 +123,7 @@ class Embedding(nn.Module):
             self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
+        ids = constrain(ids, "tokens", None)
         if isinstance(self.table, QuantizedTensor):
             # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
             # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
@@ -103,7 +132,7 @@ class Embedding(nn.Module):
             rows = self.table[ids]
         else:
             rows = fake_quantize(self.table, self.quant.weight_granularity)[ids]
-        return rows.astype(self.dtype)
+        return constrain(rows.astype(self.dtype), "tokens", None, "embed")
 
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
@@ -117,7 +146,7 @@ def matmul(
     in_dim: int,
     dot_general: nn.Module | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B T O"]:
+) -> Float[Array, "B T *O"]:
     """x times a float weight whose dimension `in_dim` is contracted: through AQT, or plain where there is no module."""
     dimension_numbers = (((1,), (in_dim,)), ((), ()))
     # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
@@ -126,12 +155,19 @@ def matmul(
         y_NO = lax.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers)
     else:
         y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
-    return y_NO.reshape(*x.shape[:-1], -1)
+    return y_NO.reshape(*x.shape[:-1], *y_NO.shape[1:])
 
 
-def as_row(vector: Float[Array, " C"], ndim: int) -> Float[Array, "... C"]:
-    """`vector` as [1, ..., 1, C], `ndim` dimensions."""
-    return vector.reshape((1,) * (ndim - 1) + (-1,))
+def as_row(vector: Float[Array, "*C"], ndim: int) -> Float[Array, "..."]:
+    """`vector` [C] as [1, ..., 1, C], `ndim` dimensions."""
+    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
+
+
+def in_parts(weight_OI: QuantizedTensor, shape: tuple[int, int]) -> QuantizedTensor:
+    """An int8 weight [parts * O, I] as [parts, O, I], each part split over devices by heads."""
+    codes = constrain(weight_OI.codes.reshape(*shape, -1), None, "heads", "embed")
+    scale = weight_OI.scale.reshape(*(shape if weight_OI.scale.size > 1 else (1, 1)), 1)
+    return QuantizedTensor(codes=codes, scale=scale)
 
 
 def stored(module: nn.Module, name: str) -> QuantizedTensor:
@@ -167,75 +203,6 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def attention(
-    q_BHtD: Float[Array, "B H t D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    past: tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""]] | None,
-    rate: float,
-    key: DropoutKey | None,
-    site: str,
-) -> Float[Array, "B H t D"]:
-    """Causal attention with softmax in float32; the queries are the last t of the T positions.
-
-    Args:
-        past: keys, values and number of the positions before these; read as they are, apart from the new ones, so that
-            the compiler can update the cache in place.
-        rate, key, site: of the dropout on the attention weights.
-    """
-    if past is None:
-        attend = functools.partial(causal_attention, drop=lambda weights: dropout(weights, rate, key, site))
-        return rounding.in_float64(attend, exact=key is None)(q_BHtD, k_BHTD, v_BHTD)
-    # With a cache in float32: converting all of it for every token made 32 streams three times slower.
-    return cached_attention(q_BHtD, k_BHTD, v_BHTD, *past)
-
-
-def causal_scores(q_BHtD: Float[Array, "B H t D"], k_BHTD: Float[Array, "B H T D"]) -> Float[Array, "B H t T"]:
-    """Scaled query-key products, in float32 at least; what a query may not see is the lowest number."""
-    queries, time = q_BHtD.shape[2], k_BHTD.shape[2]
-    scores_BHtT = key_products(q_BHtD, k_BHTD)
-    visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
-        jnp.int32, (queries, time), 0
-    )
-    return jnp.where(visible_tT[None, None], scores_BHtT, jnp.finfo(scores_BHtT.dtype).min)
-
-
-def key_products(q_BHtD: Float[Array, "B H t D"], k_BHSD: Float[Array, "B H S D"]) -> Float[Array, "B H t S"]:
-    """Scaled query-key products, in float32 at least."""
-    scores_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHSD)
-    return scores_BHtS.astype(jnp.promote_types(scores_BHtS.dtype, jnp.float32))
-
-
-def causal_attention(
-    q_BHtD: Float[Array, "B H t D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    drop: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "B H t D"]:
-    """Attention of the last t of T positions; `drop` is the dropout on the weights."""
-    weights_BHtT = jax.nn.softmax(causal_scores(q_BHtD, k_BHTD), axis=-1).astype(v_BHTD.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", drop(weights_BHtT), v_BHTD)
-
-
-def cached_attention(
-    q_BHtD: Float[Array, "B H t D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    keys_BHSD: Float[Array, "B H S D"],
-    values_BHSD: Float[Array, "B H S D"],
-    length: Int[Array, ""],
-) -> Float[Array, "B H t D"]:
-    """Attention to the new positions and to the first `length` of a cache."""
-    time = k_BHTD.shape[2]
-    before_BHtS = key_products(q_BHtD, keys_BHSD)
-    seen_S = jnp.arange(keys_BHSD.shape[2]) < length
-    before_BHtS = jnp.where(seen_S[None, None, None], before_BHtS, jnp.finfo(before_BHtS.dtype).min)
-    scores_BHtS = jnp.concatenate([causal_scores(q_BHtD, k_BHTD), before_BHtS], axis=-1)
-    weights_BHtS = jax.nn.softmax(scores_BHtS, axis=-1).astype(v_BHTD.dtype)
-    y_BHtD = jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., :time], v_BHTD)
-    return y_BHtD + jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., time:], values_BHSD)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
     """q, k and v of each head, from one array of width E = 3 C.
@@ -257,6 +224,13 @@ def _merge_gradients(
 
 
 split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
+
+
+def heads_of_parts(qkv_BT3C: Float[Array, "B T 3 C"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """The same from q, k and v apart, whose heads are split over devices."""
+    batch, time, _, width = qkv_BT3C.shape
+    parts = lax.split(qkv_BT3C, (1, 1, 1), axis=2)
+    return tuple(part.reshape(batch, time, n_head, width // n_head).transpose(0, 2, 1, 3) for part in parts)
 
 
 def gelu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
@@ -284,6 +258,7 @@ class Attention(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    form: AttentionForm
 
     @nn.compact
     def __call__(
@@ -296,12 +271,17 @@ class Attention(nn.Module):
         config = self.config
         batch, time, width = x_BTC.shape
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        c_attn = Dense(3 * width, name="c_attn", init_stddev=INIT_STDDEV, axes=("embed", "qkv"), **dense)
-        q_BHTD, k_BHTD, v_BHTD = split_heads(c_attn(x_BTC), config.n_head)
+        dense["n_layer"] = config.n_layer
+        qkv = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), parts=3, **dense)(x_BTC)
+        heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
+        q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
-        y_BHTD = attention(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+        if self.form == "plain" or cache is not None or last_only:
+            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+        else:
+            y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
         updated = (k_BHTD, v_BHTD)
         if cache is not None:
             keys_BHSD, values_BHSD, length = cache
@@ -313,8 +293,7 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim(values_BHSD, jnp.where(broken, 0.0, v_BHTD), length, 2),
             )
         y_BTC = y_BHTD.transpose(0, 2, 1, 3).reshape(batch, time, width)
-        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
-        y_BTC = Dense(width, name="c_proj", init_stddev=stddev, axes=("heads", "embed"), **dense)(y_BTC)
+        y_BTC = Dense(width, name="c_proj", axes=("heads", "embed"), **dense)(y_BTC)
         return dropout(y_BTC, config.dropout, key, f"{site}/residual"), updated
 
 
@@ -328,10 +307,10 @@ class MLP(nn.Module):
     def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         config = self.config
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        h_BTF = Dense(config.n_hidden, name="c_fc", init_stddev=INIT_STDDEV, axes=("embed", "mlp"), **dense)(x_BTC)
-        h_BTF = ACTIVATIONS[config.activation](h_BTF, exact=key is None)
-        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
-        y_BTC = Dense(config.n_embd, name="c_proj", init_stddev=stddev, axes=("mlp", "embed"), **dense)(h_BTF)
+        dense["n_layer"] = config.n_layer
+        h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
+        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), exact=key is None)
+        y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
 
 
@@ -340,6 +319,7 @@ class Block(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    attention: AttentionForm
 
     @nn.compact
     def __call__(
@@ -353,11 +333,13 @@ class Block(nn.Module):
         exact = key is None
         norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
         parts = (config, self.quant, self.mode, self.dtype)
-        y_BTC, updated = Attention(*parts, name="attn")(
+        y_BTC, updated = Attention(*parts, self.attention, name="attn")(
             LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
         )
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
-        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key), updated
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key)
+        return constrain(x_BTC, "batch", None, None), updated
 
 
 class GPT(nn.Module):
@@ -366,19 +348,30 @@ class GPT(nn.Module):
     Attributes:
         mode: "float", "train" (QAT), "convert" (QAT that keeps the codes) or "serve" (int8 codes given).
         dtype: the compute type; parameters are float32.
+        scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.layers`).
+        remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
+            "train", without a cache.
+        attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
     """
 
     config: ModelConfig
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype = FLOAT32
+    scan: bool = False
+    remat: Remat = "none"
+    attention: AttentionForm = "plain"
 
     def setup(self) -> None:
         config = self.config
         parts = (self.quant, self.mode, self.dtype)
         self.wte = Embedding(config.vocab_size, config.n_embd, *parts, axes=("vocab", "embed"))
         self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
-        self.h = [Block(config, *parts) for _ in range(config.n_layer)]
+        self.h: Any
+        if self.scan:
+            self.h = Block(config, *parts, self.attention)
+        else:
+            self.h = [Block(config, *parts, self.attention) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
 
     def __call__(
@@ -409,18 +402,52 @@ class GPT(nn.Module):
         first = 0 if cache is None else cache.length
         # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
         positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
-        x_BTC = self.wte(tokens_BT) + self.wpe(positions_BT)
+        # From tables split along their width, rows come in parts; then each goes whole to its device.
+        x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
-        for layer, block in enumerate(self.h):
-            past = None if cache is None else (*cache.layers[layer], cache.length)
-            # Of the last layer, only the keys and values of the other positions matter to the last one.
-            x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
-            updates.append(updated)
-        logits_BTV = self.wte.attend(self.ln_f(x_BTC, exact=key is None)).astype(jnp.float32)
+        if self.scan or self.remat != "none":
+            if cache is not None or keep_cache or last_only:
+                raise ValueError(
+                    "a model with scan or remat keeps no cache; serve it without, its parameters unstacked"
+                )
+            x_BTC = self._blocks(x_BTC, key)
+        else:
+            for layer, block in enumerate(self.h):
+                past = None if cache is None else (*cache.layers[layer], cache.length)
+                # Of the last layer, only the keys and values of the other positions matter to the last one.
+                x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
+                updates.append(updated)
+        logits_BTV = constrain(
+            self.wte.attend(self.ln_f(x_BTC, exact=key is None)).astype(jnp.float32), "batch", None, "vocab"
+        )
         if cache is None and not keep_cache:
             return logits_BTV
         if cache is None:
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
             updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
-        return logits_BTV, KVCache(layers=tuple(updates), length=first + jnp.int32(time))
+        place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
+        return logits_BTV, KVCache(layers=tuple(map(place, updates)), length=first + jnp.int32(time))
+
+    def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
+        """All blocks, scanned or rematerialised."""
+        n_layer = self.config.n_layer
+
+        def body(block: Block, x_BTC: Float[Array, "B T C"], layer: Array | None) -> tuple[Array, None]:
+            here = key if key is None or layer is None else dataclasses.replace(key, layer=layer, n_layer=n_layer)
+            return block(x_BTC, here, None, False)[0], None
+
+        if self.remat != "none":
+            body = nn.remat(body, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
+        if not self.scan:
+            for block in self.h:
+                x_BTC, _ = body(block, x_BTC, None)
+            return x_BTC
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "stochastic_rounding": True},
+            length=n_layer,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(self.h, x_BTC, jnp.arange(n_layer))[0]

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt16
 
-from picogpt_jax import checkpoint, sharding
+from picogpt_jax import attention, checkpoint, layers, sharding
 from picogpt_jax.config import Config
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.devices import compiler_options
@@ -45,10 +44,14 @@ class StepMetrics:
     grad_norm: Float[Array, "..."]
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators.
+
+    Args:
+        platform: of the devices; None: the one at hand.
+    """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -57,29 +60,35 @@ class Trainer:
 
     def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
         self.config = config
-        self.dtype = compute_dtype(config.train.dtype)
         self.optimizer = make_optimizer(config.optimizer)
-        micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps
-        self.mesh: Mesh = sharding.make_mesh(config.mesh, micro_batch, devices)
+        self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
+        self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
+        sharding.check_divides("heads", "the attention heads (model.n_head)", config.model.n_head, self.mesh)
+        device = self.mesh.devices.flat[0]  # which may be of another machine, that is only compiled for
+        self.compiler_options = compiler_options(device.platform)
+        self.dtype = compute_dtype(config.train.dtype, device.platform)
+        self.attention = attention.choose(config.train.attention, config.model, self.dtype, device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
-        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=compiler_options())
+        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=self.compiler_options)
 
     def model(self, mode: Mode) -> GPT:
-        return GPT(self.config.model, self.config.quant, mode, self.dtype)
+        train = self.config.train
+        parts = (self.config.model, self.config.quant, mode, self.dtype)
+        return GPT(*parts, train.scan_layers, train.remat, self.attention)
 
     def mode_at(self, step: int) -> Mode:
         quant = self.config.quant
         return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
 
-    def _init_params(self) -> Any:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return self.model("float").init(jax.random.key(self.config.train.seed), tokens)["params"]
+    def _init_model(self) -> GPT:
+        return self.model("float").clone(attention="plain")  # it is called with one token, too few for a kernel
 
     def _init_state(self) -> TrainState:
-        return self._first_state(nn.unbox(self._init_params()))
+        return self._first_state(layers.initial_params(self._init_model(), jax.random.key(self.config.train.seed)))
 
     def _first_state(self, params: Any) -> TrainState:
+        params = layers.relayout(params, self.config.train.scan_layers)
         scale = FIRST_LOSS_SCALE if self.dtype == jnp.float16 else 1.0
         return TrainState(
             step=jnp.int32(0),
@@ -92,7 +101,9 @@ class Trainer:
     def _abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
         state = jax.eval_shape(self._init_state)
-        param_shardings = sharding.parameter_shardings(jax.eval_shape(self._init_params), self.mesh)
+        init = self._init_model().init  # for the names of the dimensions
+        boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        param_shardings = sharding.parameter_shardings(boxed, self.mesh)
         everywhere = sharding.replicated(self.mesh)
         shardings = dataclasses.replace(
             jax.tree.map(lambda _: everywhere, state),
@@ -110,10 +121,25 @@ class Trainer:
     def init(self, params: Any = None) -> TrainState:
         """The state before the first step, with new parameters or with `params`, such as imported ones."""
         shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
-        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options())
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=self.compiler_options)
         if params is None:
             return jax.jit(self._init_state, **options)()
         return jax.jit(self._first_state, **options)(params)
+
+    def stored_as(self, scan_layers: bool) -> "Trainer":
+        """The same run with its layers stacked, or one subtree a layer: what a checkpoint may hold."""
+        if scan_layers == self.config.train.scan_layers:
+            return self
+        train = dataclasses.replace(self.config.train, scan_layers=scan_layers)
+        return Trainer(dataclasses.replace(self.config, train=train), list(self.mesh.devices.flat))
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """A state of `stored_as`, with the layers as this run has them."""
+        if (layers.STACKED in state.params) == self.config.train.scan_layers:
+            return state
+        shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        convert = lambda state: layers.relayout(state, self.config.train.scan_layers)  # noqa: E731
+        return jax.jit(convert, out_shardings=shardings, compiler_options=self.compiler_options)(state)
 
     def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
@@ -163,7 +189,8 @@ class Trainer:
             tokens_BT1 = lax.with_sharding_constraint(batch.astype(jnp.int32), sharding.batch_sharding(self.mesh))
             return self._step(state, tokens_BT1, mode)
 
-        return lax.scan(body, state, batches)
+        with sharding.on(self.mesh):
+            return lax.scan(body, state, batches)
 
     def evaluator(self, mode: Mode) -> Evaluator:
         quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
@@ -172,7 +199,7 @@ class Trainer:
         def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
             return model.apply({"params": params}, tokens_BT)
 
-        return Evaluator(forward, self.mesh, self.config.model.block_size, self.config.train.batch_size)
+        return Evaluator(forward, self.mesh, self.config.model.block_size, self.micro_batch)
 
 
 def _after_loss_scaling(old: TrainState, new: TrainState, finite: Array) -> TrainState:

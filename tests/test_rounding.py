@@ -10,8 +10,9 @@ import pytest
 from jax import lax
 
 from picogpt_jax import rounding
+from picogpt_jax.attention import causal
 from picogpt_jax.devices import compiler_options
-from picogpt_jax.model import ACTIVATIONS, causal_attention
+from picogpt_jax.model import ACTIVATIONS
 
 
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -73,7 +74,7 @@ def test_gradients_are_those_of_float32() -> None:
 
 def test_attention_is_the_exact_one_rounded() -> None:
     q, k, v = normal(3, 2, 2, 80, 16)
-    actual = compiled(rounding.in_float64(causal_attention))(q, k, v)
+    actual = compiled(rounding.in_float64(causal))(q, k, v)
     q, k, v = (array.astype(np.float64) for array in (q, k, v))
     scores = q / 4 @ k.swapaxes(-1, -2)
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * np.tril(np.ones((80, 80)))
