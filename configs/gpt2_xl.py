@@ -7,7 +7,7 @@
 The learning rate and the batch of a million tokens are those of the nearest size, 1.3B, in table 2.1 of the GPT-3 paper
 (arXiv 2005.14165); GPT-2's own were never published. 25 heads divide over no power of two: keep mesh.tensor=1.
 
-No step of this size was run: it was compiled only.
+No step of this size was run.
 """
 
 from ml_collections import ConfigDict
