@@ -187,8 +187,8 @@ def test_no_two_places_share_a_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> 
     config = tiny_config(model__n_layer=2)
     params = abstract_params(config)
     model = GPT(config.model, config.quant, "float")
-    for module in (model_module, attention):
-        monkeypatch.setattr(module, "dropout", dropout)
+    monkeypatch.setattr(model_module, "dropout", dropout)
+    monkeypatch.setattr(attention, "dropout", dropout)
     jax.eval_shape(lambda params: model.apply({"params": params}, TOKENS, given), params)
     per_layer = ["attn/weights", "attn/residual", "mlp/residual"]
     assert sites == ["embeddings", *[f"h_{layer}/{name}" for layer in range(2) for name in per_layer]]
