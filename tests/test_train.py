@@ -99,7 +99,7 @@ def longer(config: Config, max_iters: int) -> Config:
 
 def test_a_run_leaves_what_the_contract_says(finished: Run) -> None:
     assert sorted(path.name for path in finished.workdir.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "vocab.json"
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "vocab.json"
     ]  # fmt: skip
     assert Config.from_dict(json.loads((finished.workdir / "config.json").read_text())) == finished.config
     assert Vocabulary.load(finished.workdir / "vocab.json") == VOCABULARY
