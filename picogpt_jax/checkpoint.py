@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,18 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: config, vocabulary, losses."""
         return self._sealed(step)[0]
+
+
+def silence_background_errors() -> None:
+    """For a program: leaves out what Orbax and TensorStore print about a failed save, which `Checkpoints` raises."""
+    logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
+    hook = sys.excepthook
+
+    def without_closed_loops(kind: Any, error: BaseException, traceback: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):  # of a write that comes back too late
+            hook(kind, error, traceback)
+
+    sys.excepthook = without_closed_loops
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -300,7 +300,7 @@ def leave_on_error() -> Iterator[None]:
                 LOST_STATUS,
             )
         traceback.print_exc()
-        _leave(f"process {os.environ.get('SLURM_PROCID', '')} ends after {type(error).__name__}", 1)
+        _leave(f"process {jax.process_index()} ends after the {type(error).__name__} above", 1)
 
 
 def is_lost(error: BaseException) -> bool:

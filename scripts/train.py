@@ -66,8 +66,10 @@ def address() -> tuple[str | None, int | None, int | None]:
 
 
 def run() -> None:
+    from picogpt_jax.checkpoint import silence_background_errors
     from picogpt_jax.train import train  # after set_up_jax
 
+    silence_background_errors()
     with distributed.together():
         config, vocabulary = configuration()
     result = train(config, vocabulary, WORKDIR.value, RESUME.value)
