@@ -111,6 +111,9 @@ def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
