@@ -59,9 +59,12 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}; give another --workdir") from None
-        with together():
-            if keep is None or is_first():
-                self._check_metrics(remove=keep is not None)
+        if keep is None:
+            self._check_metrics(remove=False)
+        else:
+            with together():
+                if is_first():
+                    self._check_metrics(remove=True)
         policy = None
         if keep is not None:
             policy = _POLICIES.AnyPreservationPolicy(
