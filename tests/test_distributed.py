@@ -273,7 +273,7 @@ def test_a_lost_process_ends_the_other(site: Site, victim: int) -> None:
 
 def test_killed_processes_are_started_again_and_end_as_if_nothing_had_happened(site: Site, one: Path) -> None:
     workdir, undisturbed = site.folder / "killed", site.folder / "not_killed"
-    long = dict(train__max_iters=400, train__eval_interval=40)
+    long = dict(train__max_iters=160, train__eval_interval=40)
     launched = site.launch(2, 1, "--restarts=5", *site.flags(workdir, **long))
     with ended(launched):
         assert launched.stderr is not None
@@ -288,7 +288,7 @@ def test_killed_processes_are_started_again_and_end_as_if_nothing_had_happened(s
     assert "starting again (2 of 5)" in err
     finish(site.start(2, *site.flags(undisturbed, **long)))
     assert losses(workdir) == losses(undisturbed)
-    assert same(state(workdir, 400), state(undisturbed, 400))
+    assert same(state(workdir, 160), state(undisturbed, 160))
 
 
 def test_two_runs_in_one_workdir(site: Site) -> None:
