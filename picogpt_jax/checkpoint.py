@@ -1,12 +1,19 @@
 """Checkpoints of a training run. Orbax is imported here alone.
 
 `<workdir>/checkpoints/<step>/` holds the items `state` (the `TrainState`) and `meta` (config, vocabulary, losses).
-Orbax writes to a temporary folder in the background and renames it: a checkpoint that can be seen is complete.
+Orbax writes to a temporary folder in the background and renames it: a checkpoint that can be seen is complete. `meta`
+carries the manifest of the state's arrays (`picogpt_jax.integrity`), which is checked whenever they are read. In a run
+of several processes all of them call everything here, and each writes and reads the shards of its own devices.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import shutil
+import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +23,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from picogpt_jax import integrity
+from picogpt_jax.distributed import is_first, is_lost, together
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
 
@@ -50,7 +59,12 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}; give another --workdir") from None
-        self._check_metrics(remove=keep is not None)
+        if keep is None:
+            self._check_metrics(remove=False)
+        else:
+            with together():
+                if is_first():
+                    self._check_metrics(remove=True)
         policy = None
         if keep is not None:
             policy = _POLICIES.AnyPreservationPolicy(
@@ -60,14 +74,16 @@ class Checkpoints:
                 ]
             )
         options = ocp.CheckpointManagerOptions(
-            create=keep is not None,
+            create=False,  # it exists: Orbax would wait for the other processes on the devices
             read_only=keep is None,
             best_fn=_val_loss,
             best_mode="min",
             preservation_policy=policy,
             cleanup_tmp_directories=keep is not None,
+            multiprocessing_options=_all_processes() if keep is not None else _this_process(),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._saving: int | None = None
 
     def _check_metrics(self, remove: bool) -> None:
         """Looks at the small files that Orbax reads when it starts, where a damaged one would end the program."""
@@ -93,7 +109,15 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._manager.close()
+        if error is None:
+            self.wait()
+        try:
+            if error is None or jax.process_count() == 1:  # else another process may be gone, and closing waits for it
+                self._manager.close()
+        except Exception:
+            if error is None:
+                raise
+            logging.exception("a checkpoint was not finished, after another error")
 
     @property
     def steps(self) -> list[int]:
@@ -105,15 +129,65 @@ class Checkpoints:
         return best if best is not None or not self.steps else self.steps[-1]
 
     def save(self, step: int, state: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts writing a checkpoint; an earlier write that failed raises here."""
+        """Starts writing a checkpoint.
+
+        Raises:
+            UserError: it cannot be written, or an earlier one could not.
+        """
+        self.check()
         if step in self.steps:
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        metrics = None if val_loss is None else {"val_loss": val_loss}
-        self._manager.save(step, args=items, metrics=metrics)
+        sealed = integrity.seal(meta, integrity.manifest(state))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
+        metrics = None if val_loss is None else {"val_loss": val_loss, "crc32": _crc32(val_loss)}
+        last, self._saving = self._last(), step
+        try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"{self.folder} has vanished")
+            self._manager.save(step, args=items, metrics=metrics)
+        except Exception as error:
+            raise self._cannot_save(error, last) from error
+
+    def check(self) -> None:
+        """Asks, without waiting, whether the last save has failed.
+
+        Raises:
+            UserError: it has.
+        """
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Waits until the last save has been committed.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if saving is not None and not (self.folder / str(saving)).is_dir():
+                raise FileNotFoundError(f"{self.folder / str(saving)} has vanished")
+        except Exception as error:
+            self._saving = saving
+            raise self._cannot_save(error, self._last()) from error
+
+    def _last(self) -> int | None:
+        """The newest step on the disk."""
+        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+        return max(steps, default=None)
+
+    def _cannot_save(self, error: Exception, last: int | None) -> Exception:
+        """What a failed save means to the user; TensorStore, Orbax and the system raise many types."""
+        if is_lost(error):
+            return error
+        kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
+        reason = _shortened(error)
+        return UserError(
+            f"cannot save step {self._saving} in {self.folder}: {reason}; {kept}. Make room or give the folder back, "
+            "and start again with the same command"
+        )
 
     def restore(self, abstract_state: Any, step: int) -> Restored:
         """Reads one checkpoint; every array is placed as its abstract counterpart says.
@@ -124,25 +198,55 @@ class Checkpoints:
         Raises:
             UserError: it is damaged, or holds another tree than the abstract one.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        where = self.folder / str(step)
+        with together():
+            meta, arrays = self._sealed(step)
+        if arrays is not None:
+            integrity.check_fits(arrays, abstract_state, where)
+        with together():
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            try:
+                with self._reader() as reader:
+                    state = reader.restore(step, args=items)["state"]
+            except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
+                raise UserError(f"checkpoint {where} is damaged or does not fit: {_shortened(error)}") from error
+        if arrays is not None:
+            integrity.check_unchanged(arrays, state, where)
+        return Restored(step=step, state=state, meta=meta)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+        """A manager that waits for no other process: one that finds damage could not come to where they wait."""
+        if jax.process_count() == 1:
+            yield self._manager
+            return
+        options = ocp.CheckpointManagerOptions(
+            create=False, read_only=True, best_fn=_val_loss, best_mode="min", multiprocessing_options=_this_process()
+        )
+        with ocp.CheckpointManager(self.folder, options=options) as manager:
+            yield manager
+
+    def _sealed(self, step: int) -> tuple[dict[str, Any], integrity.Manifest | None]:
         try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged or does not fit: {reason}") from error
-        return Restored(step=step, state=restored["state"], meta=restored["meta"])
+            with self._reader() as reader:
+                sealed = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return integrity.unseal(sealed)
+        except Exception as error:  # as in `restore`
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {_shortened(error)}") from error
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is reported and removed. None where there is none.
 
         Raises:
-            UserError: there are checkpoints and none can be read.
+            UserError: there are checkpoints and none can be read, or the newest is intact and holds another tree.
         """
         steps = self.steps
         errors = []
         for step in reversed(steps):
             try:
                 restored = self.restore(abstract_state, step)
+            except integrity.MisfitError:
+                raise
             except UserError as error:
                 errors.append(str(error))
                 logging.error("%s; trying the one before it", error)
@@ -156,12 +260,19 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: config, vocabulary, losses."""
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        except Exception as error:  # as in `restore`
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {reason}") from error
-        return restored["meta"]
+        return self._sealed(step)[0]
+
+
+def silence_background_errors() -> None:
+    """For a program: leaves out what Orbax and TensorStore print about a failed save, which `Checkpoints` raises."""
+    logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
+    hook = sys.excepthook
+
+    def without_closed_loops(kind: Any, error: BaseException, traceback: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):  # of a write that comes back too late
+            hook(kind, error, traceback)
+
+    sys.excepthook = without_closed_loops
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -172,4 +283,33 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
-    return metrics["val_loss"]
+    val_loss = metrics["val_loss"]
+    if not isinstance(val_loss, float | int) or not math.isfinite(val_loss):
+        raise TypeError(f"a validation loss of {val_loss!r}")
+    if "crc32" in metrics and metrics["crc32"] != _crc32(val_loss):  # older checkpoints have none
+        raise TypeError(f"a validation loss of {val_loss!r}, which is not the one that was saved")
+    return val_loss
+
+
+def _crc32(val_loss: float) -> int:
+    return zlib.crc32(repr(float(val_loss)).encode())
+
+
+def _shortened(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
+
+
+def _all_processes() -> ocp.options.MultiprocessingOptions:
+    """Named one by one, so that Orbax waits for them at JAX's coordination service, with a time limit.
+
+    Else it computes a sum on all devices for it, also in the background: a step could meet that in another order.
+    """
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes=set(range(jax.process_count())))
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def fingerprint(self) -> str:
+        """Tells two texts apart by their length and 4,096 of their tokens."""
+        at = np.linspace(0, len(self.ids) - 1, min(len(self.ids), 1 << 12)).astype(np.int64)
+        return f"{len(self.ids)} {zlib.crc32(self.ids[at].tobytes())}"
+
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint16]:
         """The `length` tokens from each start on: uint16 [*starts.shape, length]."""
         return self.ids[starts[..., None] + np.arange(length)]
@@ -76,6 +82,11 @@ def evaluation_windows(
         starts = starts[np.linspace(0, len(starts) - 1, max_windows).astype(np.int64)]
     padding = -len(starts) % batch_size
     return np.concatenate([starts, np.full(padding, -1)]).reshape(-1, batch_size)
+
+
+def target_count(n_tokens: int, starts: npt.NDArray[np.int64], block_size: int) -> int:
+    """How many targets the windows at `starts` have; -1 is an empty row."""
+    return int(np.where(starts < 0, 0, np.minimum(block_size, n_tokens - 1 - starts)).sum())
 
 
 def padded_windows(

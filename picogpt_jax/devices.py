@@ -34,7 +34,7 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}[device])
     if cpu_devices is None and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        cpu_devices = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpu_devices = cores()
     if cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -45,6 +45,11 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={device}: JAX finds none ({reason}); use --device=cpu or --device=auto") from None
+
+
+def cores() -> int:
+    """The processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:

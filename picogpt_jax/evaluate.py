@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.data import evaluation_windows, padded_windows
+from picogpt_jax.data import evaluation_windows, padded_windows, target_count
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.sharding import batch_sharding, on, replicated
 
@@ -54,10 +54,14 @@ class Evaluator:
         """
         batches = evaluation_windows(len(ids), self.block_size, self.batch_size, max_windows)
         total, count = 0.0, 0
-        place = batch_sharding(self.mesh)
         for starts in batches:
-            tokens_BT, targets_BT = padded_windows(ids, starts, self.block_size)
-            sums = self._summed(weights, jax.device_put(tokens_BT, place), jax.device_put(targets_BT, place))
+            sums = self._summed(weights, *(self._placed(ids, starts, part) for part in (0, 1)))
             total += float(np.asarray(sums, np.float64).sum())
-            count += int((targets_BT >= 0).sum())
+            count += target_count(len(ids), starts, self.block_size)
         return total / count
+
+    def _placed(self, ids: npt.NDArray[np.uint16], starts: npt.NDArray[np.int64], part: int) -> Int[Array, "B T"]:
+        """The inputs (part 0) or targets (1) of the windows; every process reads those of its own devices alone."""
+        rows = lambda index: padded_windows(ids, starts[index[0]], self.block_size)[part]  # noqa: E731
+        shape = (len(starts), self.block_size)
+        return jax.make_array_from_callback(shape, batch_sharding(self.mesh), rows)

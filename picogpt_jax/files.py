@@ -1,15 +1,20 @@
 """Writing files so that nothing half-written is ever read."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from picogpt_jax.errors import UserError
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -81,6 +86,40 @@ def check_replaceable(folder: str | os.PathLike[str], names: Collection[str]) ->
     others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
     if others:
         raise UserError(f"{folder} is a folder of other files ({others[0]}), which would be replaced; name a new one")
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], purpose: str) -> Iterator[None]:
+    """Keeps every other program that asks out of `folder` for the time of the block.
+
+    The kernel holds the lock, on the file `.lock`, and releases it when the program ends in whatever way.
+
+    Raises:
+        UserError: another program holds it, or the folder cannot be written.
+    """
+    import fcntl  # POSIX alone
+
+    path = Path(folder) / LOCK_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give a folder that can be written") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
+                print(f"{folder} cannot be locked ({error.strerror}): see that one run uses it", file=sys.stderr)
+                yield
+                return
+            file.seek(0)
+            holder = file.read(200).strip() or "another program"
+            raise UserError(f"{holder} is {purpose} {folder}; wait for it, end it, or use another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from picogpt_jax import checkpoint
 from picogpt_jax.config import Config
+from picogpt_jax.distributed import is_first
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
 from picogpt_jax.trainer import Trainer, TrainState
@@ -34,12 +35,12 @@ def begin(
     restored = checkpoints.restore_latest(trainer.stored_as(_is_scanned(checkpoints)).abstract_state)
     if restored is None:
         if (workdir / "config.json").is_file():
-            print(f"{workdir} holds no checkpoint yet: starting at step 0")
+            _say(f"{workdir} holds no checkpoint yet: starting at step 0")
         return trainer.init(), 0, math.inf, None
     if checkpoint.IMPORTED in restored.meta:
-        print(f"starting from the parameters imported into {workdir}")
+        _say(f"starting from the parameters imported into {workdir}")
         return trainer.init(restored.state.params), 0, math.inf, None
-    print(f"resumed {workdir} at step {restored.step}")
+    _say(f"resumed {workdir} at step {restored.step}")
     return trainer.adopt(restored.state), restored.step, restored.meta["best_val_loss"], restored.step
 
 
@@ -93,6 +94,11 @@ def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resum
         )
     if not Vocabulary.load(workdir / "vocab.json").fits(vocabulary):
         raise UserError(f"{workdir} was trained on another vocabulary than {config.data.dir}; use another --workdir")
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
 
 
 def _may_change(section: str, key: str, imported: bool) -> bool:

@@ -1,24 +1,28 @@
 """Training: the loop around the step, as a recipe that reads from top to bottom."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
-from picogpt_jax import checkpoint
+from picogpt_jax import checkpoint, distributed
 from picogpt_jax.config import Config
-from picogpt_jax.data import Tokens
+from picogpt_jax.data import Split, Tokens
 from picogpt_jax.errors import UserError
 from picogpt_jax.evaluate import Evaluator, bits_per_char
-from picogpt_jax.files import write_json
+from picogpt_jax.files import locked, write_json
 from picogpt_jax.metrics import MetricsWriter, ProgressBar
 from picogpt_jax.optimizer import learning_rate_schedule
 from picogpt_jax.quantization import Mode
@@ -84,17 +88,36 @@ def train(
         UserError: data, workdir or configuration do not fit, or the loss stopped being finite.
     """
     workdir = Path(workdir)
-    tokens = {
-        split: Tokens.open(config.data.dir, split, config.model.block_size, config.model.vocab_size)
-        for split in ("train", "val")
-    }
-    check_resumable(workdir, config, vocabulary, resume)
     trainer = Trainer(config)
-    with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints, StopSignal() as stop:
+    distributed.check_mesh(trainer.mesh)
+    with contextlib.ExitStack() as stack:
+        with distributed.together():
+            tokens: dict[Split, Tokens] = {
+                split: Tokens.open(config.data.dir, split, config.model.block_size, config.model.vocab_size)
+                for split in typing.get_args(Split)
+            }
+            check_resumable(workdir, config, vocabulary, resume)
+            if distributed.is_first():
+                stack.enter_context(locked(workdir, "training in"))
+        same = [config.to_dict(), vocabulary.to_json(), [split.fingerprint() for split in tokens.values()]]
+        distributed.require_same("configuration or data set", json.dumps(same))
+        return _train(config, vocabulary, workdir, trainer, tokens)
+
+
+def _train(
+    config: Config, vocabulary: Vocabulary, workdir: Path, trainer: Trainer, tokens: dict[Split, Tokens]
+) -> Result:
+    with (
+        checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+        _disk_errors(workdir, checkpoints),
+        StopSignal() as stop,
+    ):
         state, first, best, resume_step = begin(trainer, checkpoints, workdir)
-        val_loss = None
-        write_json(workdir / "config.json", config.to_dict())
-        vocabulary.save(workdir / "vocab.json")
+        val_loss, stopped_by = None, 0
+        with distributed.together():
+            if distributed.is_first():
+                write_json(workdir / "config.json", config.to_dict())
+                vocabulary.save(workdir / "vocab.json")
 
         def save(step: int, val_loss: float | None, ranked: bool = False) -> None:
             meta = {
@@ -111,17 +134,19 @@ def train(
         sample = tokens["val"].ids[:TOKENS_COUNTED]
         tokens_per_char = len(sample) / vocabulary.n_characters(sample)
         with (
-            MetricsWriter(workdir, config.log, config.to_dict(), resume_step) as writer,
-            ProgressBar(config.train.max_iters, first) as progress,
+            MetricsWriter(workdir, config.log, config.to_dict(), resume_step, enabled=distributed.is_first()) as writer,
+            ProgressBar(config.train.max_iters, first, enabled=distributed.is_first()) as progress,
         ):
             log = TrainLog(config, writer, progress)
+            signals = distributed.Largest()  # one process's signal stops all of them after the same step
             step = first
             for start, step in dispatches(config, first):
                 mode = trainer.mode_at(start)
                 state, metrics = trainer.steps(state, batches.corpus, batches(start, step), mode)
                 evaluate = step % config.train.eval_interval == 0 or step == config.train.max_iters
-                stopping = stop.received is not None  # asked once: a signal after this ends the next dispatch
-                log.enqueue(start, step, metrics, flush=evaluate or stopping)
+                stopped_by = signals(stop.received or 0)  # asked once: a signal after this ends the next dispatch
+                log.enqueue(start, step, metrics, flush=evaluate or bool(stopped_by))
+                checkpoints.check()
                 if log.failed_step is not None:
                     _stop_not_finite(f"the loss of step {log.failed_step}", workdir, checkpoints)
                 if evaluate:
@@ -137,11 +162,26 @@ def train(
                     best = min(best, val_loss) if ranked else best
                     save(step, val_loss, ranked)
                     log.exclude(time.perf_counter() - began)
-                if stopping:
+                if stopped_by:
                     save(step, None)  # unless the evaluation has just saved it
                     break
-    stopped_by = stop.received if step < config.train.max_iters else None
-    return Result(step=step, val_loss=val_loss, best_val_loss=best, stopped_by=stopped_by)
+    finished = step >= config.train.max_iters
+    return Result(step=step, val_loss=val_loss, best_val_loss=best, stopped_by=None if finished else stopped_by)
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path, checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if distributed.is_lost(error):
+            raise
+        steps = checkpoints.steps
+        kept = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint had been written"
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror or error}; {kept}. Make room or give the folder back, and "
+            "start again with the same command"
+        ) from error
 
 
 class TrainLog:
@@ -157,7 +197,11 @@ class TrainLog:
         self._began = time.perf_counter()
 
     def enqueue(self, start: int, stop: int, metrics: StepMetrics, flush: bool) -> None:
-        """Takes the metrics of steps start .. stop-1; reads those of the dispatch before, and these if ready."""
+        """Takes the metrics of steps start .. stop-1; reads those of the dispatch before, and these if ready.
+
+        Of several processes each would find others ready, and end at another step when a loss is not finite: they read
+        those of the dispatch before, and no more.
+        """
         self._pending.append((start, stop, metrics))
         ready = [flush or _is_ready(item[2].loss) or item is not self._pending[-1] for item in self._pending]
         read = [item for item, is_ready in zip(self._pending, ready, strict=True) if is_ready]
@@ -193,7 +237,7 @@ class TrainLog:
             "step_time_ms": 1e3 * step_seconds,
             "tokens_per_second": tokens_per_second,
             "learning_rate": float(self.schedule(stop - 1)),
-            "grad_norm": float(metrics.grad_norm[-1]),
+            "grad_norm": float(np.asarray(metrics.grad_norm)[-1]),
         }
         self.writer.write(stop, "train", values)
         self.progress.update(stop, values["loss"], tokens_per_second)
@@ -201,14 +245,14 @@ class TrainLog:
 
 
 def _is_ready(array: Any) -> bool:
-    return bool(array.is_ready())  # jax.Array has it; its type stub has not
+    return jax.process_count() == 1 and bool(array.is_ready())  # jax.Array has it; its type stub has not
 
 
 def _stop_not_finite(what: str, workdir: Path, checkpoints: checkpoint.Checkpoints) -> None:
     checkpoints.wait()
     steps = checkpoints.steps
     last = f"the last good checkpoint is step {steps[-1]} in {workdir}" if steps else "no checkpoint had been written"
-    raise UserError(
+    raise distributed.AgreedError(
         f"{what} is not finite; {last}; lower optimizer.learning_rate, set optimizer.grad_clip, "
         "or use train.dtype=float32"
     )

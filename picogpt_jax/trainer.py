@@ -213,12 +213,17 @@ def _after_loss_scaling(old: TrainState, new: TrainState, finite: Array) -> Trai
 
 
 class Batches:
-    """The training split as the steps want it: on the device where it is small, else read from disk step by step."""
+    """The training split as the steps want it: on the device where it is small, else read from disk step by step.
+
+    Every process has a copy of the small split, from its own file, and reads its own rows of the large one.
+    """
 
     def __init__(self, config: Config, tokens: Tokens, mesh: Mesh) -> None:
         self.config, self.tokens, self.mesh = config, tokens, mesh
         resident = tokens.ids.nbytes <= RESIDENT_BYTES
-        self.corpus = jax.device_put(np.asarray(tokens.ids), sharding.replicated(mesh)) if resident else None
+        whole = lambda index: np.asarray(tokens.ids[index])  # noqa: E731
+        everywhere = sharding.replicated(mesh)
+        self.corpus = jax.make_array_from_callback(tokens.ids.shape, everywhere, whole) if resident else None
 
     def __call__(self, first: int, stop: int) -> Array:
         """The batches of steps first .. stop-1: starts int32 [K, B], or tokens uint16 [K, B, T+1]."""
@@ -231,5 +236,7 @@ class Batches:
         )
         place = sharding.batch_sharding(self.mesh, 1)
         if self.corpus is not None:
-            return jax.device_put(starts_KB.astype(np.int32), place)
-        return jax.device_put(self.tokens.windows(starts_KB, block_size + 1), place)
+            starts = lambda index: starts_KB[index].astype(np.int32)  # noqa: E731
+            return jax.make_array_from_callback(starts_KB.shape, place, starts)
+        windows = lambda index: self.tokens.windows(starts_KB[index[:2]], block_size + 1)  # noqa: E731
+        return jax.make_array_from_callback((*starts_KB.shape, block_size + 1), place, windows)

@@ -1,6 +1,9 @@
+import contextlib
 import gc
 import os
+import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -196,12 +200,124 @@ def test_damaged_meta_data_are_named(workdir: Path) -> None:
             checkpoints.meta(2)
 
 
+def test_no_damaged_file_is_read_as_if_it_were_whole(two_checkpoints: Path, tmp_path: Path) -> None:
+    """Each file of a checkpoint is cut, emptied and flipped in turn: what is read is what was saved, or nothing is."""
+    names = [path.relative_to(two_checkpoints) for path in files(two_checkpoints / "checkpoints" / "2")]
+    assert len(names) > 5
+    refused = set()
+    for name in names:
+        for damage in (truncate, flip, lambda path: os.truncate(path, 0)):
+            copy = shutil.copytree(two_checkpoints, tmp_path / "run")
+            damage(copy / name)
+            try:
+                with Checkpoints(copy) as checkpoints:
+                    restored = checkpoints.restore(ABSTRACT, 2)
+            except UserError as error:
+                refused.add((name.parts[2], f"checkpoint {copy / 'checkpoints' / '2'} is damaged" in str(error)))
+            else:
+                assert (restored.meta["note"], restored.meta["best_val_loss"]) == ("é2", 1.0), name
+                np.testing.assert_array_equal(restored.state["kernel"], state(2)["kernel"], err_msg=str(name))
+            shutil.rmtree(copy)
+    assert refused >= {("state", True), ("meta", True), ("metrics", True)}
+    assert all(named for _, named in refused), "the message names the checkpoint"
+
+
+def test_numbers_that_changed_on_the_disk_are_named(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TensorStore reads without complaint need not be what was saved."""
+    restore = ocp.CheckpointManager.restore
+
+    def changed(self: Any, *arguments: Any, **options: Any) -> Any:
+        restored = restore(self, *arguments, **options)
+        if "state" in restored:
+            restored["state"]["kernel"] = restored["state"]["kernel"].at[3, 7].multiply(-1)
+        return restored
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", changed)
+    with Checkpoints(workdir) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoints/2 is damaged: not the numbers that were saved: kernel"):
+            checkpoints.restore(ABSTRACT, 2)
+
+
+def test_a_checkpoint_without_a_manifest_is_read(workdir: Path) -> None:
+    """As the versions before it wrote them."""
+    with Checkpoints(workdir, keep=5) as checkpoints:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state(3)), meta=ocp.args.JsonSave({"config": {}, "note": "old"})
+        )
+        checkpoints._manager.save(3, args=items, metrics={"val_loss": 0.5})
+        checkpoints.wait()
+        assert checkpoints.restore(ABSTRACT, 3).meta["note"] == "old"
+        assert checkpoints.best_step() == 3
+
+
+def test_entries_that_do_not_fit_are_named_and_nothing_is_removed(workdir: Path) -> None:
+    place = SHARDINGS["kernel"]
+    other = {"kernel": jax.ShapeDtypeStruct((8, 125), jnp.float16, sharding=place), "bias": ABSTRACT["step"]}
+    message = (
+        r"checkpoints/2 does not fit: missing: bias; unexpected: step; of another shape or type: "
+        r"kernel \(float32\[8, 125\] there, float16\[8, 125\] here\)"
+    )
+    with Checkpoints(workdir, keep=5) as checkpoints:
+        with pytest.raises(UserError, match=message):
+            checkpoints.restore_latest(other)
+        assert checkpoints.steps == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be saved
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let this process's files grow beyond that: what a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_background_save_is_reported_without_another_save(workdir: Path) -> None:
+    message = r"cannot save step 3 in .*checkpoints: .*File too large.*; the last checkpoint is step 2\. Make room"
+    with pytest.raises(UserError, match=message), Checkpoints(workdir, keep=5) as checkpoints:
+        with no_file_larger_than(2000):
+            checkpoints.save(3, state(3), {}, 0.5)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                checkpoints.check()
+                time.sleep(0.01)
+        pytest.fail("the error was never reported")
+    with Checkpoints(workdir, keep=5) as checkpoints:
+        assert checkpoints.steps == [1, 2]
+        restored = checkpoints.restore_latest(ABSTRACT)
+        assert restored is not None
+        assert restored.step == 2
+
+
+def test_the_last_save_of_a_run_may_not_fail_unseen(workdir: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot save step 3 in .*File too large"):
+        with no_file_larger_than(2000), Checkpoints(workdir, keep=5) as checkpoints:
+            checkpoints.save(3, state(3), {}, 0.5)
+
+
+@pytest.mark.parametrize("moment", ["before the save", "after it"])
+def test_a_folder_that_has_vanished_is_not_made_again(workdir: Path, moment: str) -> None:
+    with pytest.raises(UserError, match=r"cannot save step 3 in .*checkpoints.* has vanished; there is no earlier"):
+        with Checkpoints(workdir, keep=5) as checkpoints:
+            if moment == "before the save":
+                shutil.rmtree(workdir)
+            checkpoints.save(3, state(3), {}, 0.5)
+            checkpoints._manager.wait_until_finished()
+            shutil.rmtree(workdir)
+    assert not workdir.exists()
+
+
 def test_a_state_of_another_shape_does_not_fit(workdir: Path) -> None:
     other = {**ABSTRACT, "kernel": jax.ShapeDtypeStruct((8, 124), jnp.float32, sharding=SHARDINGS["kernel"])}
     with Checkpoints(workdir) as checkpoints:
-        with pytest.raises(UserError, match=r"checkpoints/2 is damaged or does not fit: "):
+        with pytest.raises(UserError, match=r"checkpoints/2 does not fit: "):
             checkpoints.restore(other, 2)
-        with pytest.raises(UserError, match=r"checkpoints/2 is damaged or does not fit: "):
+        with pytest.raises(UserError, match=r"checkpoints/2 does not fit: "):
             checkpoints.restore({**ABSTRACT, "extra": ABSTRACT["step"]}, 2)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picogpt_jax.data import Tokens, batch_starts, evaluation_windows, padded_windows
+from picogpt_jax.data import Tokens, batch_starts, evaluation_windows, padded_windows, target_count
 from picogpt_jax.errors import UserError
 
 
@@ -113,3 +113,18 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     assert len(Tokens.open(tmp_path, "train", block_size=4, vocab_size=11)) == 51
     with pytest.raises(UserError, match=r"holds token id 10; the vocabulary has 10: prepare the data again"):
         Tokens.open(tmp_path, "train", block_size=4, vocab_size=10)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 9, 17, 20])
+def test_targets_are_counted_as_they_are_filled_in(n_tokens: int) -> None:
+    ids = np.zeros(n_tokens, np.uint16)
+    for starts in evaluation_windows(n_tokens, block_size=8, batch_size=2):
+        assert target_count(n_tokens, starts, 8) == (padded_windows(ids, starts, 8)[1] >= 0).sum()
+
+
+def test_two_texts_have_two_fingerprints(tmp_path: Path) -> None:
+    ids = np.arange(6000, dtype="<u2")
+    one = Tokens(ids, tmp_path).fingerprint()
+    assert Tokens(ids.copy(), tmp_path).fingerprint() == one
+    assert Tokens(ids[:-1], tmp_path).fingerprint() != one
+    assert Tokens(ids[::-1], tmp_path).fingerprint() != one

@@ -1,12 +1,17 @@
 import json
 import os
+import signal
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, read_json, write_json
+from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, locked, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -127,3 +132,32 @@ def test_missing_and_oversized_json_is_refused(tmp_path: Path) -> None:
     size = os.stat(tmp_path / "value.json").st_size
     with pytest.raises(UserError, match=rf"has {size} bytes; at most 50 were expected"):
         read_json(tmp_path / "value.json", max_bytes=50)
+
+
+def test_a_locked_folder_is_refused_with_its_holder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with locked(folder, "training in"):
+        program = f"from picogpt_jax.files import locked\nwith locked({str(folder)!r}, 'training in'): print('entered')"
+        blocked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert f"process {os.getpid()} on {socket.gethostname()} is training in {folder}; wait for it" in blocked.stderr
+    with locked(folder, "training in"):
+        pass
+
+
+def test_a_lock_ends_with_its_program(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from picogpt_jax.files import locked
+with locked({str(tmp_path)!r}, "training in"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    with locked(tmp_path, "training in"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file/run: Not a directory; give a folder that can be writ"):
+        with locked(tmp_path / "file" / "run", "training in"):
+            pass

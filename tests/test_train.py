@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError
 from picogpt_jax.evaluate import Evaluator
+from picogpt_jax.metrics import MetricsWriter
 from picogpt_jax.train import Result, dispatches, train
 from picogpt_jax.trainer import StepMetrics, Trainer, TrainState
 from picogpt_jax.vocabulary import Vocabulary
@@ -99,7 +101,7 @@ def longer(config: Config, max_iters: int) -> Config:
 
 def test_a_run_leaves_what_the_contract_says(finished: Run) -> None:
     assert sorted(path.name for path in finished.workdir.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "vocab.json"
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "vocab.json"
     ]  # fmt: skip
     assert Config.from_dict(json.loads((finished.workdir / "config.json").read_text())) == finished.config
     assert Vocabulary.load(finished.workdir / "vocab.json") == VOCABULARY
@@ -300,6 +302,42 @@ def test_a_signal_during_the_last_steps_comes_too_late(
     """The run is complete then, and its program ends as one that is."""
     interrupt(monkeypatch, 8)
     assert train(finished.config, VOCABULARY, tmp_path) == finished.result
+
+
+def test_a_full_disk_ends_the_run_with_what_it_has(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MetricsWriter.write
+
+    def full(self: MetricsWriter, step: int, *rest: Any) -> None:
+        if step > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, step, *rest)
+
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    message = r"cannot write to .*: No space left on device; the last checkpoint is step 4\. Make room or give"
+    with pytest.raises(UserError, match=message):
+        train(finished.config, VOCABULARY, tmp_path)
+    monkeypatch.undo()
+    assert train(finished.config, VOCABULARY, tmp_path) == finished.result
+    assert events(tmp_path, "train") == events(finished.workdir, "train")
+
+
+def test_a_failed_background_save_ends_the_run_at_the_next_dispatch(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, checked = Checkpoints.check, []
+
+    def failing(self: Checkpoints) -> None:
+        checked.append(self)
+        if len(checked) == 3:  # the first dispatch, and save() itself, have asked before
+            raise UserError("cannot save step 4")
+        check(self)
+
+    monkeypatch.setattr(Checkpoints, "check", failing)
+    with pytest.raises(UserError, match="cannot save step 4"):
+        train(longer(finished.config, 1000), VOCABULARY, tmp_path)
+    assert list(events(tmp_path, "train")) in ([2, 4], [2, 4, 6])
 
 
 # ----------------------------------------------------------------------------------------------------- scripts/train.py

@@ -1,0 +1,134 @@
+"""What a checkpoint must hold: the name, shape, type and checksum of every array, sealed together with its meta data.
+
+The checksum is of the array's bits, not of a file's: it is the same on any mesh and in any number of processes, it is
+computed where the array lies, and it covers the whole way from a device to the disk and back.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, UInt32
+
+from picogpt_jax.distributed import AgreedError
+from picogpt_jax.errors import UserError
+
+Manifest = dict[str, dict[str, Any]]  # name of an array -> {"shape", "dtype", "checksum"}
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # bytes of an element -> its bits
+_NAMES_SHOWN = 8
+
+
+class MisfitError(AgreedError):
+    """A checkpoint holds another tree than the one asked for: no damage, and no reason to go back to an older one."""
+
+
+@jax.jit
+def checksum(array: Array) -> UInt32[Array, ""]:
+    """The sum of every element's bits times an odd number made of its position, modulo 2**32.
+
+    An odd number has an inverse, so one changed element always changes the sum; addition modulo 2**32 is exact in any
+    order, so the sum does not depend on how the array is split.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    position = jnp.zeros(array.shape, jnp.uint32)
+    for dim, size in enumerate(array.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, array.shape, dim)
+    for factor, shift in ((0x7FEB352D, 15), (0x846CA68B, 16)):  # neighbours get numbers that have nothing in common
+        position = (position ^ (position >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits * (position | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def manifest(state: Any) -> Manifest:
+    """Describes every array of a tree. In several processes all must ask, because all compute it."""
+    names = _names(state)
+    sums = {name: checksum(array) for name, array in names.items()}  # dispatched together, read together
+    return {
+        name: {
+            "shape": list(np.shape(array)),
+            "dtype": str(jnp.asarray(array).dtype if isinstance(array, np.ndarray) else array.dtype),
+            "checksum": int(np.asarray(sums[name])),
+        }
+        for name, array in names.items()
+    }
+
+
+def check_fits(stored: Manifest, abstract_state: Any, where: object) -> None:
+    """Compares names, shapes and types with those of a tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        MisfitError: with the names that are missing, unexpected or of another shape or type.
+    """
+    wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _names(abstract_state).items()}
+    found = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in stored.items()}
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "of another shape or type": [
+            f"{name} ({_describe(*found[name])} there, {_describe(*wanted[name])} here)"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+    }
+    texts = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
+    if texts:
+        raise MisfitError(f"checkpoint {where} does not fit: {'; '.join(texts)}")
+
+
+def check_unchanged(stored: Manifest, state: Any, where: object) -> None:
+    """Compares the arrays of a tree with their checksums; all processes compute them, and find the same.
+
+    Raises:
+        AgreedError: with the names of those that differ.
+    """
+    changed = [name for name, entry in manifest(state).items() if entry["checksum"] != stored[name]["checksum"]]
+    if changed:
+        raise AgreedError(f"checkpoint {where} is damaged: not the numbers that were saved: {_shortened(changed)}")
+
+
+def seal(meta: dict[str, Any], arrays: Manifest) -> dict[str, Any]:
+    """Meta data and manifest as one JSON object that shows when it was changed."""
+    content = {"meta": meta, "arrays": arrays}
+    return {**content, "crc32": _crc32(content)}
+
+
+def unseal(sealed: Any) -> tuple[dict[str, Any], Manifest | None]:
+    """The inverse of `seal`; the manifest is None where the checkpoint is older than these seals.
+
+    Raises:
+        UserError: it was changed.
+    """
+    if isinstance(sealed, dict) and "config" in sealed and "arrays" not in sealed:
+        return sealed, None
+    try:
+        content = {"meta": sealed["meta"], "arrays": sealed["arrays"]}
+        intact = sealed["crc32"] == _crc32(content)
+    except (KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError("the meta data are not those that were saved")
+    return content["meta"], content["arrays"]
+
+
+def _crc32(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    name: Callable[[Any], str] = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _describe(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{dtype}{list(shape)}"
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
