@@ -47,6 +47,6 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
         raise UserError(f"--device={device}: JAX finds none ({reason}); use --device=cpu or --device=auto") from None
 
 
-def compiler_options() -> dict[str, str | bool]:
-    """Options for `jax.jit` on the platform at hand."""
-    return COMPILER_OPTIONS | (CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else {})
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
+    """Options for `jax.jit` on a platform, by default the one at hand."""
+    return COMPILER_OPTIONS | (CPU_COMPILER_OPTIONS if (platform or jax.default_backend()) == "cpu" else {})

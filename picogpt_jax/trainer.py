@@ -45,10 +45,10 @@ class StepMetrics:
     grad_norm: Float[Array, "..."]
 
 
-def compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str, platform: str) -> jnp.dtype:
     """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -57,13 +57,16 @@ class Trainer:
 
     def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
         self.config = config
-        self.dtype = compute_dtype(config.train.dtype)
+        devices = list(jax.devices() if devices is None else devices)
+        self.platform = devices[0].platform  # of the mesh: a plan compiles for devices that are not here
+        self.dtype = compute_dtype(config.train.dtype, self.platform)
         self.optimizer = make_optimizer(config.optimizer)
         micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps
         self.mesh: Mesh = sharding.make_mesh(config.mesh, micro_batch, devices)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
-        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=compiler_options())
+        options = compiler_options(self.platform)
+        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
 
     def model(self, mode: Mode) -> GPT:
         return GPT(self.config.model, self.config.quant, mode, self.dtype)
@@ -110,7 +113,7 @@ class Trainer:
     def init(self, params: Any = None) -> TrainState:
         """The state before the first step, with new parameters or with `params`, such as imported ones."""
         shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
-        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options())
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options(self.platform))
         if params is None:
             return jax.jit(self._init_state, **options)()
         return jax.jit(self._first_state, **options)(params)
