@@ -41,6 +41,11 @@ def get_config() -> ConfigDict:
     config.train.eval_iters = 50  # random batches per evaluation
     config.train.log_interval = 10  # steps between training log lines
     config.train.dtype = "auto"  # compute type: float32 | bfloat16 | float16 (loss scaling) | auto (CPU: float32)
+    # One block is compiled and run n_layer times, its parameters stacked: deep models compile too long unrolled.
+    config.train.scan_layers = False
+    # What the backward pass computes again: none | block (all but each block's input) | dots (all but matmul results)
+    config.train.remat = "none"
+    config.train.attention = "auto"  # plain | cudnn (GPU) | splash (TPU) | auto: the fused one where it can serve
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-3

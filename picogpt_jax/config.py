@@ -8,13 +8,15 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from picogpt_jax.errors import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Granularity = Literal["per_channel", "per_tensor"]
+AttentionForm = Literal["auto", "plain", "cudnn", "splash"]
+Remat = Literal["none", "block", "dots"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -140,6 +142,10 @@ class TrainConfig:
     eval_iters: int
     log_interval: int
     dtype: Literal["float32", "bfloat16", "float16", "auto"]
+    # With defaults: runs and files that were written before there were these keys were made like this.
+    scan_layers: bool = False
+    remat: Remat = "none"
+    attention: AttentionForm = "auto"
 
     def __post_init__(self) -> None:
         _check_types(self, "train")
@@ -254,13 +260,15 @@ class Config:
 def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any:
     """Builds one section's dataclass from a mapping; unknown and missing keys are a `UserError` that names them."""
     _check(isinstance(values, Mapping), f"{name} must be a mapping of keys to values, found {type(values).__name__}")
-    _check_names(name, values, [field.name for field in dataclasses.fields(section)])
+    fields = dataclasses.fields(section)
+    optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    _check_names(name, values, [field.name for field in fields], optional)
     return section(**values)
 
 
-def _check_names(where: str, found: Mapping[str, Any], expected: Any) -> None:
+def _check_names(where: str, found: Mapping[str, Any], expected: Any, optional: Sequence[str] = ()) -> None:
     unknown = sorted(set(found) - set(expected))
-    missing = sorted(set(expected) - set(found))
+    missing = sorted(set(expected) - set(found) - set(optional))
     _check(not unknown, f"{where} has unknown keys {unknown}; it knows {sorted(expected)}")
     _check(not missing, f"{where} lacks the keys {missing}")
 

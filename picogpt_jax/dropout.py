@@ -11,7 +11,7 @@ import zlib
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 
 @struct.dataclass
@@ -22,10 +22,20 @@ class DropoutKey:
         seed: uint32 scalar; differs from step to step (`fold`).
         row: uint32 scalar; index in the whole batch of the first row at hand, so that a batch computed in parts
             (gradient accumulation) is dropped as if it were computed at once.
+        layer: int32 scalar; which of the `n_layer` blocks is at hand, where one program computes them all (a scan).
     """
 
     seed: UInt32[Array, ""]
     row: UInt32[Array, ""]
+    layer: Int[Array, ""] | None = None
+    n_layer: int = struct.field(pytree_node=False, default=0)
+
+    def number(self, site: str) -> UInt32[Array, ""] | int:
+        """The number of a place in the model; in a scan, that of `h_<layer>/...` where the place is called `h/...`."""
+        if self.layer is None:
+            return zlib.crc32(site.encode())
+        names = [f"h_{layer}/{site.removeprefix('h/')}" for layer in range(self.n_layer)]
+        return jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)[self.layer]
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
@@ -50,7 +60,7 @@ def dropout(x: Float[Array, "rows ..."], rate: float, key: DropoutKey | None, si
     """
     if key is None or rate == 0.0:
         return x
-    seed = fold(key.seed, zlib.crc32(site.encode()))
+    seed = fold(key.seed, key.number(site))
     index = jnp.zeros(x.shape, jnp.uint32)
     for dim, size in enumerate(x.shape):
         position = lax.broadcasted_iota(jnp.uint32, x.shape, dim)

@@ -3,6 +3,7 @@
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, F hidden width, V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.config import ModelConfig, QuantConfig
+from picogpt_jax.config import ModelConfig, QuantConfig, Remat
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.quantization import (
     INT8_COLLECTION,
@@ -27,9 +28,23 @@ from picogpt_jax.quantization import (
 # Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
 LayerCache = tuple[Array, Array, Array]
 
-# GPT-2's initialisation: normal(0.02), and 0.02 / sqrt(2 * n_layer) for the projections into the residual stream.
 INIT_STDDEV = 0.02
 FLOAT32 = jnp.dtype("float32")
+# "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
+# "dots" also keeps the results of the products with weights, which are most of that work.
+REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def init_stddev(name: str, n_layer: int) -> float:
+    """GPT-2's initialisation: normal(0.02), and 0.02 / sqrt(2 * n_layer) for the projections into the residual stream.
+
+    Args:
+        name: of the layer, such as c_attn; `c_proj` is what projects into the residual stream.
+    """
+    return INIT_STDDEV * (2 * n_layer) ** -0.5 if name == "c_proj" else INIT_STDDEV
 
 
 @struct.dataclass
@@ -53,7 +68,7 @@ class Dense(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
-    init_stddev: float
+    n_layer: int
     axes: tuple[str, str]
 
     @nn.compact
@@ -61,7 +76,8 @@ class Dense(nn.Module):
         if self.mode == "serve":
             y_BTO = int8_dot(x_BTI, stored(self, "kernel"), self.quant.activation_bits)
         else:
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), self.axes)
+            normal = nn.initializers.normal(init_stddev(self.name or "", self.n_layer))
+            init = nn.with_logical_partitioning(normal, self.axes)
             kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
             dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
             y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
@@ -248,7 +264,8 @@ class Attention(nn.Module):
         config = self.config
         batch, time, width = x_BTC.shape
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        c_attn = Dense(3 * width, name="c_attn", init_stddev=INIT_STDDEV, axes=("embed", "qkv"), **dense)
+        dense["n_layer"] = config.n_layer
+        c_attn = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), **dense)
         q_BHTD, k_BHTD, v_BHTD = split_heads(c_attn(x_BTC), config.n_head)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
@@ -265,8 +282,7 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim(values_BHSD, jnp.where(broken, 0.0, v_BHTD), length, 2),
             )
         y_BTC = y_BHTD.transpose(0, 2, 1, 3).reshape(batch, time, width)
-        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
-        y_BTC = Dense(width, name="c_proj", init_stddev=stddev, axes=("heads", "embed"), **dense)(y_BTC)
+        y_BTC = Dense(width, name="c_proj", axes=("heads", "embed"), **dense)(y_BTC)
         return dropout(y_BTC, config.dropout, key, f"{site}/residual"), updated
 
 
@@ -280,10 +296,10 @@ class MLP(nn.Module):
     def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         config = self.config
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        h_BTF = Dense(config.n_hidden, name="c_fc", init_stddev=INIT_STDDEV, axes=("embed", "mlp"), **dense)(x_BTC)
+        dense["n_layer"] = config.n_layer
+        h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
         h_BTF = ACTIVATIONS[config.activation](h_BTF)
-        stddev = INIT_STDDEV * (2 * config.n_layer) ** -0.5
-        y_BTC = Dense(config.n_embd, name="c_proj", init_stddev=stddev, axes=("mlp", "embed"), **dense)(h_BTF)
+        y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
 
 
@@ -315,19 +331,28 @@ class GPT(nn.Module):
     Attributes:
         mode: "float", "train" (QAT), "convert" (QAT that keeps the codes) or "serve" (int8 codes given).
         dtype: the compute type; parameters are float32.
+        scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.layers`).
+        remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
+            "train", without a cache.
     """
 
     config: ModelConfig
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype = FLOAT32
+    scan: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         config = self.config
         parts = (self.quant, self.mode, self.dtype)
         self.wte = Embedding(config.vocab_size, config.n_embd, *parts, axes=("vocab", "embed"))
         self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
-        self.h = [Block(config, *parts) for _ in range(config.n_layer)]
+        self.h: Any
+        if self.scan:
+            self.h = Block(config, *parts)
+        else:
+            self.h = [Block(config, *parts) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
 
     def __call__(
@@ -361,11 +386,18 @@ class GPT(nn.Module):
         x_BTC = self.wte(tokens_BT) + self.wpe(positions_BT)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
-        for layer, block in enumerate(self.h):
-            past = None if cache is None else (*cache.layers[layer], cache.length)
-            # Of the last layer, only the keys and values of the other positions matter to the last one.
-            x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
-            updates.append(updated)
+        if self.scan or self.remat != "none":
+            if cache is not None or keep_cache or last_only:
+                raise ValueError(
+                    "a model with scan or remat keeps no cache; serve it without, its parameters unstacked"
+                )
+            x_BTC = self._blocks(x_BTC, key)
+        else:
+            for layer, block in enumerate(self.h):
+                past = None if cache is None else (*cache.layers[layer], cache.length)
+                # Of the last layer, only the keys and values of the other positions matter to the last one.
+                x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
+                updates.append(updated)
         logits_BTV = self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32)
         if cache is None and not keep_cache:
             return logits_BTV
@@ -373,3 +405,26 @@ class GPT(nn.Module):
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
             updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
         return logits_BTV, KVCache(layers=tuple(updates), length=first + jnp.int32(time))
+
+    def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
+        """All blocks, scanned or rematerialised."""
+        n_layer = self.config.n_layer
+
+        def body(block: Block, x_BTC: Float[Array, "B T C"], layer: Array | None) -> tuple[Array, None]:
+            here = key if key is None or layer is None else dataclasses.replace(key, layer=layer, n_layer=n_layer)
+            return block(x_BTC, here, None, False)[0], None
+
+        if self.remat != "none":
+            body = nn.remat(body, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
+        if not self.scan:
+            for block in self.h:
+                x_BTC, _ = body(block, x_BTC, None)
+            return x_BTC
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "stochastic_rounding": True},
+            length=n_layer,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(self.h, x_BTC, jnp.arange(n_layer))[0]

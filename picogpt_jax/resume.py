@@ -1,5 +1,6 @@
 """Whether a workdir can be trained on, and where a training in it begins."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("train.max_iters", "train.eval_interval", "train.eval_iters", "train.log_interval"),
         *("train.gradient_accumulation_steps", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+        *("train.scan_layers", "train.remat", "train.attention"),
         *("checkpoint.keep", "log.tensorboard", "log.wandb", "log.wandb_project"),
     }
 )
@@ -29,7 +31,7 @@ def begin(
     Returns:
         the state, its step, the best validation loss so far, and the step to resume the log at (None: a new log).
     """
-    restored = checkpoints.restore_latest(trainer.abstract_state)
+    restored = checkpoints.restore_latest(trainer.stored_as(_is_scanned(checkpoints)).abstract_state)
     if restored is None:
         if (workdir / "config.json").is_file():
             print(f"{workdir} holds no checkpoint yet: starting at step 0")
@@ -38,7 +40,15 @@ def begin(
         print(f"starting from the parameters imported into {workdir}")
         return trainer.init(restored.state.params), 0, math.inf, None
     print(f"resumed {workdir} at step {restored.step}")
-    return restored.state, restored.step, restored.meta["best_val_loss"], restored.step
+    return trainer.adopt(restored.state), restored.step, restored.meta["best_val_loss"], restored.step
+
+
+def _is_scanned(checkpoints: checkpoint.Checkpoints) -> bool:
+    """Whether the newest checkpoint's layers are stacked."""
+    for step in reversed(checkpoints.steps):
+        with contextlib.suppress(UserError):  # a damaged one; restoring reports it
+            return Config.from_dict(checkpoints.meta(step)["config"]).train.scan_layers
+    return False
 
 
 def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resume: bool | None) -> None:
@@ -81,7 +91,7 @@ def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resum
             f"{workdir} holds a run with another configuration: {', '.join(differing)}; "
             "use its values, or another --workdir"
         )
-    if Vocabulary.load(workdir / "vocab.json") != vocabulary:
+    if not Vocabulary.load(workdir / "vocab.json").fits(vocabulary):
         raise UserError(f"{workdir} was trained on another vocabulary than {config.data.dir}; use another --workdir")
 
 

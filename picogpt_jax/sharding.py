@@ -19,6 +19,7 @@ from picogpt_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 RULES = (
+    ("layers", None),
     ("vocab", "tensor"),
     ("position", None),
     ("embed", "fsdp"),

@@ -14,7 +14,7 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.import_huggingface import is_huggingface_folder, load_huggingface
 from picogpt_jax.int8_model import VOCABULARY_FILE, Int8Model, errors_in, is_int8_folder, load_int8_model
 from picogpt_jax.tokenizer import TOKENIZER_FILE, read_tokenizer
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.vocabulary import TokenIds, Vocabulary
 
 if TYPE_CHECKING:
     from picogpt_jax.llama_cpp_model import LlamaCppGPT
@@ -138,15 +138,8 @@ def check_vocabulary(
             f"{path} is a model of {model.vocab_size} tokens, its vocabulary has {vocabulary.size}; give --data the "
             "folder of the data that it was trained on"
         )
-    if data_dir is not None and _vocabulary_in(data_dir, model.vocab_size) != vocabulary:
+    if data_dir is not None and not vocabulary.fits(Vocabulary.from_data_dir(data_dir, model.vocab_size)):
         raise UserError(f"{path} has another vocabulary than --data={data_dir}; leave --data out")
-
-
-def _vocabulary_in(data_dir: str | os.PathLike[str], size: int) -> Vocabulary:
-    is_prepared = any((Path(data_dir) / name).exists() for name in ("meta.json", "meta.pkl"))
-    if not is_prepared and (Path(data_dir) / TOKENIZER_FILE).is_file():
-        return read_tokenizer(data_dir, size)
-    return Vocabulary.from_data_dir(data_dir)
 
 
 def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
@@ -201,6 +194,7 @@ def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
 def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     import jax
 
+    from picogpt_jax import layers
     from picogpt_jax.checkpoint import IMPORTED, Checkpoints
     from picogpt_jax.trainer import Trainer
 
@@ -214,12 +208,15 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
         trainer = Trainer(dataclasses.replace(run, mesh=mesh), devices=jax.devices()[:1])
         state = checkpoints.restore(trainer.abstract_state, step).state
     imported = meta.get(IMPORTED)
+    vocabulary = Vocabulary.from_json(meta["vocab"], f"the checkpoint of {path}")
+    if isinstance(vocabulary, TokenIds) and (Path(path) / TOKENIZER_FILE).is_file():
+        vocabulary = read_tokenizer(path, run.model.vocab_size)
     return FloatModel(
         config=run.model,
         run=run,
         quant=run.quant,
-        params=state.params,
-        vocabulary=Vocabulary.from_json(meta["vocab"], f"the checkpoint of {path}"),
+        params=layers.unstack(state.params),
+        vocabulary=vocabulary,
         step=imported["step"] if imported else step,
         val_loss=meta["val_loss"],
         qat=imported["quantization_aware"] if imported else _is_qat(run, step),
@@ -245,7 +242,7 @@ def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.Pat
         run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
     vocabulary = loaded.vocabulary
     if vocabulary is None and data_dir is not None:
-        vocabulary = _vocabulary_in(data_dir, loaded.model.vocab_size)
+        vocabulary = Vocabulary.from_data_dir(data_dir, loaded.model.vocab_size)
     if vocabulary is None:
         raise UserError(
             f"{path} holds no vocabulary; make a workdir of it with scripts/convert.py --to=checkpoint --data=DIR, the "
@@ -271,7 +268,7 @@ def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[
     if has_tokenizer or data_dir is None:
         vocabulary = read_tokenizer(path, config.vocab_size)
     else:
-        vocabulary = _vocabulary_in(data_dir, config.vocab_size)
+        vocabulary = Vocabulary.from_data_dir(data_dir, config.vocab_size)
     params = params_from_arrays(config, tensors)
     return FloatModel(
         config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False

@@ -85,12 +85,13 @@ class TokenizerVocabulary(Vocabulary):
         return cls.from_definition(value.get("tokenizer"), value["vocab_size"], source)
 
     @classmethod
-    def from_definition(cls, definition: Any, size: int, source: str) -> Self:
+    def from_definition(cls, definition: Any, size: int | None, source: str) -> Self:
         """Builds the vocabulary of a byte-level BPE.
 
         Args:
             definition: the contents of tokenizer.json.
-            size: of the model's table: at least the tokenizer's; further rows are never used, as in padded models.
+            size: of the model's table: at least the tokenizer's, which is what None stands for; further rows are never
+            used, as in padded models.
             source: for the error message.
         """
         model = _section(definition, "model", source)
@@ -113,11 +114,11 @@ class TokenizerVocabulary(Vocabulary):
         return vocabulary
 
 
-def read_tokenizer(folder: str | os.PathLike[str], size: int) -> Vocabulary:
+def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabulary:
     """The vocabulary of a folder's `tokenizer.json`.
 
     Args:
-        size: of the model's table of tokens.
+        size: of the model's table of tokens; None: as large as the tokenizer needs.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or does not fit into `size`.
@@ -148,8 +149,9 @@ def _vocab(model: dict[str, Any], source: str) -> dict[str, Any]:
     return vocab
 
 
-def _table(ids: dict[Any, Any], size: int, source: str) -> tuple[str, ...]:
+def _table(ids: dict[Any, Any], size: int | None, source: str) -> tuple[str, ...]:
     """Token id -> token; every id distinct and below `size`."""
+    size = len(ids) if size is None else size
     if not 1 <= len(ids) <= size <= MAX_SIZE:
         raise UserError(
             f"{source} has {len(ids)} tokens, the model {size}; expected no more than these, nor {MAX_SIZE}"

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt16
 
-from picogpt_jax import checkpoint, sharding
+from picogpt_jax import checkpoint, layers, sharding
 from picogpt_jax.config import Config
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.devices import compiler_options
@@ -61,28 +60,26 @@ class Trainer:
         self.platform = devices[0].platform  # of the mesh: a plan compiles for devices that are not here
         self.dtype = compute_dtype(config.train.dtype, self.platform)
         self.optimizer = make_optimizer(config.optimizer)
-        micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps
-        self.mesh: Mesh = sharding.make_mesh(config.mesh, micro_batch, devices)
+        self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
+        self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
         options = compiler_options(self.platform)
         self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
 
     def model(self, mode: Mode) -> GPT:
-        return GPT(self.config.model, self.config.quant, mode, self.dtype)
+        train = self.config.train
+        return GPT(self.config.model, self.config.quant, mode, self.dtype, train.scan_layers, train.remat)
 
     def mode_at(self, step: int) -> Mode:
         quant = self.config.quant
         return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
 
-    def _init_params(self) -> Any:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return self.model("float").init(jax.random.key(self.config.train.seed), tokens)["params"]
-
     def _init_state(self) -> TrainState:
-        return self._first_state(nn.unbox(self._init_params()))
+        return self._first_state(layers.initial_params(self.model("float"), jax.random.key(self.config.train.seed)))
 
     def _first_state(self, params: Any) -> TrainState:
+        params = layers.relayout(params, self.config.train.scan_layers)
         scale = FIRST_LOSS_SCALE if self.dtype == jnp.float16 else 1.0
         return TrainState(
             step=jnp.int32(0),
@@ -95,7 +92,9 @@ class Trainer:
     def _abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
         state = jax.eval_shape(self._init_state)
-        param_shardings = sharding.parameter_shardings(jax.eval_shape(self._init_params), self.mesh)
+        init = self.model("float").init  # for the names of the dimensions
+        boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        param_shardings = sharding.parameter_shardings(boxed, self.mesh)
         everywhere = sharding.replicated(self.mesh)
         shardings = dataclasses.replace(
             jax.tree.map(lambda _: everywhere, state),
@@ -117,6 +116,21 @@ class Trainer:
         if params is None:
             return jax.jit(self._init_state, **options)()
         return jax.jit(self._first_state, **options)(params)
+
+    def stored_as(self, scan_layers: bool) -> "Trainer":
+        """The same run with its layers stacked, or one subtree a layer: what a checkpoint may hold."""
+        if scan_layers == self.config.train.scan_layers:
+            return self
+        train = dataclasses.replace(self.config.train, scan_layers=scan_layers)
+        return Trainer(dataclasses.replace(self.config, train=train), list(self.mesh.devices.flat))
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """A state of `stored_as`, with the layers as this run has them."""
+        if (layers.STACKED in state.params) == self.config.train.scan_layers:
+            return state
+        shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        convert = lambda state: layers.relayout(state, self.config.train.scan_layers)  # noqa: E731
+        return jax.jit(convert, out_shardings=shardings, compiler_options=compiler_options())(state)
 
     def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
@@ -175,7 +189,7 @@ class Trainer:
         def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
             return model.apply({"params": params}, tokens_BT)
 
-        return Evaluator(forward, self.mesh, self.config.model.block_size, self.config.train.batch_size)
+        return Evaluator(forward, self.mesh, self.config.model.block_size, self.micro_batch)
 
 
 def _after_loss_scaling(old: TrainState, new: TrainState, finite: Array) -> TrainState:

@@ -105,6 +105,12 @@ class Vocabulary:
         """What to continue where nothing is asked for: a line break, or the first character where there is none."""
         return "\n" if "\n" in self.itos else self.itos[0]
 
+    def fits(self, other: "Vocabulary") -> bool:
+        """Whether the ids mean the same in both, as far as they tell: `TokenIds` agree with any of their number."""
+        if isinstance(self, TokenIds) or isinstance(other, TokenIds):
+            return self.size == other.size
+        return self == other
+
     def to_json(self) -> dict[str, Any]:
         """Returns what `vocab.json` holds."""
         return {"type": "char", "itos": list(self.itos)}
@@ -127,7 +133,7 @@ class Vocabulary:
         """Builds the vocabulary that a `vocab.json` or `meta.json` describes; other keys than these are not looked at.
 
         Returns:
-            a character vocabulary, or a `TokenizerVocabulary` where `type` says so.
+            a character vocabulary, or a `TokenizerVocabulary` or `TokenIds` where `type` says so.
 
         Raises:
             UserError: it is not what `to_json` returns, or `vocab_size` contradicts `itos`; `source` is named.
@@ -136,6 +142,8 @@ class Vocabulary:
             from picogpt_jax.tokenizer import TokenizerVocabulary  # which is built on this class
 
             return TokenizerVocabulary.from_json(value, source)
+        if isinstance(value, dict) and value.get("type") == "ids":
+            return TokenIds.of_size(value.get("vocab_size"), source)
         if not isinstance(value, dict) or value.get("type") != "char" or not isinstance(value.get("itos"), list):
             raise UserError(f'{source} is not a character vocabulary; expected {{"type": "char", "itos": [...]}}')
         itos = value["itos"]
@@ -156,17 +164,32 @@ class Vocabulary:
         return cls.from_json(read_json(path), str(path))
 
     @classmethod
-    def from_data_dir(cls, data_dir: str | os.PathLike[str]) -> "Vocabulary":
-        """Reads the vocabulary of a prepared data set: `meta.json`, else nanoGPT's `meta.pkl`.
+    def from_data_dir(cls, data_dir: str | os.PathLike[str], size: int | None = None) -> "Vocabulary":
+        """Reads the vocabulary of a prepared data set: `meta.json`, nanoGPT's `meta.pkl`, or `tokenizer.json`.
+
+        Args:
+            size: of the model's table; where it is given, a folder of token files alone (nanoGPT's GPT-2 data) has
+                that many token ids, and no text.
 
         Raises:
-            UserError: neither is there, or it is not a vocabulary.
+            UserError: none of these is there, or it is not a vocabulary.
         """
         data_dir = Path(data_dir)
         if (data_dir / "meta.json").exists():
             return cls.load(data_dir / "meta.json")
         if (data_dir / "meta.pkl").exists():
             return cls._from_pickle(data_dir / "meta.pkl")
+        from picogpt_jax.tokenizer import TOKENIZER_FILE, read_tokenizer  # which is built on this class
+
+        if (data_dir / TOKENIZER_FILE).exists():
+            return read_tokenizer(data_dir, size)
+        if (data_dir / "train.bin").is_file() and size is not None:
+            return TokenIds.of_size(size, f"{data_dir} with model.vocab_size={size}")
+        if (data_dir / "train.bin").is_file():
+            raise UserError(
+                f"{data_dir} has token files but no vocabulary (meta.json or nanoGPT's meta.pkl); put the "
+                "tokenizer.json of a byte-pair encoding there, or give --config.model.vocab_size"
+            )
         own_script = data_dir / "prepare.py"
         command = own_script if own_script.exists() else f"data/NAME/prepare.py --out_dir={data_dir}"
         raise UserError(f"{data_dir} has no meta.json (nor nanoGPT's meta.pkl); make it with: python {command}")
@@ -186,6 +209,39 @@ class Vocabulary:
         if stoi != {char: index for index, char in enumerate(chars)}:
             raise UserError(f"{path}: stoi and itos contradict each other; prepare the data again")
         return vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds(Vocabulary):
+    """Token ids without a text: token files whose tokenizer is not at hand. Such a model trains, but writes nothing."""
+
+    def __post_init__(self) -> None:
+        """The entries are all empty."""
+
+    @classmethod
+    def of_size(cls, size: Any, source: str) -> Self:
+        if type(size) is not int or not 1 <= size <= MAX_SIZE:
+            raise UserError(f"{source}: a vocabulary of {size!r} ids; 1 to {MAX_SIZE} fit in uint16 ids")
+        return cls(("",) * size)
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(
+            "the model was trained on token ids alone, without a tokenizer; put the tokenizer.json of its data into "
+            "the workdir (and into data.dir, for what is trained from now on)"
+        )
+
+    def encode(self, text: str, source: str = "the text") -> npt.NDArray[np.uint16]:
+        self._refuse()
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        self._refuse()
+
+    @property
+    def default_prompt(self) -> str:
+        self._refuse()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "ids", "vocab_size": self.size}
 
 
 def _describe(char: str) -> str:

@@ -87,7 +87,7 @@ def chosen_runtimes() -> list[str]:
 
 
 def open_ids(model: Int8Model) -> npt.NDArray[np.uint16]:
-    if Vocabulary.from_data_dir(DATA.value) != model.vocabulary:
+    if not model.vocabulary.fits(Vocabulary.from_data_dir(DATA.value, model.vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
     ids = Tokens.open(DATA.value, "val", model.model.block_size, model.model.vocab_size).ids
     return ids if MAX_TOKENS.value is None else ids[: MAX_TOKENS.value + 1]

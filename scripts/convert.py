@@ -139,7 +139,7 @@ def loss(model: Int8Model) -> float:
     from picogpt_jax.torch_model import Int8GPT
 
     config = model.model
-    if Vocabulary.from_data_dir(DATA.value) != model.vocabulary:
+    if not model.vocabulary.fits(Vocabulary.from_data_dir(DATA.value, model.vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --input={INPUT.value}; give its own data")
     tokens = Tokens.open(DATA.value, "val", config.block_size, config.vocab_size)
     return Int8GPT(model).evaluate(tokens.ids, config.block_size)

@@ -42,28 +42,27 @@ def main() -> None:
             f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
         )
     if RUNTIME.value == "torch":
-        loss, tokens = evaluate_torch()
+        loss, tokens, vocabulary = evaluate_torch()
     elif RUNTIME.value == "jax":
-        loss, tokens = evaluate_jax(is_int8)
+        loss, tokens, vocabulary = evaluate_jax(is_int8)
     else:
-        loss, tokens = evaluate_shared()
-    bits = loss / 0.6931471805599453 * tokens_per_character(tokens)
+        loss, tokens, vocabulary = evaluate_shared()
+    bits = loss / 0.6931471805599453 * tokens_per_character(tokens, vocabulary)
     result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
         write_json(JSON.value, result)
     print(f"loss {loss:.6f} nats, {bits:.4f} bits per character, {tokens:,} tokens ({kind}, {RUNTIME.value})")
 
 
-def tokens_per_character(tokens: int) -> float:
+def tokens_per_character(tokens: int, vocabulary: Vocabulary) -> float:
     """Of the text that the targets stand for: 1 where the tokens are characters."""
-    vocabulary = Vocabulary.from_data_dir(DATA.value)
     targets = Tokens.open(DATA.value, SPLIT.value, 1, vocabulary.size).ids[1 : tokens + 1]
     return tokens / vocabulary.n_characters(targets)
 
 
 def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
     """The tokens to evaluate, after checking that they are of the model's vocabulary."""
-    if Vocabulary.from_data_dir(DATA.value) != vocabulary:
+    if not vocabulary.fits(Vocabulary.from_data_dir(DATA.value, vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
     tokens = Tokens.open(DATA.value, SPLIT.value, block_size, vocabulary.size)
     if MAX_TOKENS.value is not None:
@@ -71,15 +70,15 @@ def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
     return tokens
 
 
-def evaluate_torch() -> tuple[float, int]:
+def evaluate_torch() -> tuple[float, int, Vocabulary]:
     from picogpt_jax.torch_model import Int8GPT
 
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
-    return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1
+    return Int8GPT(model).evaluate(tokens.ids, model.model.block_size, BATCH_SIZE), len(tokens) - 1, model.vocabulary
 
 
-def evaluate_shared() -> tuple[float, int]:
+def evaluate_shared() -> tuple[float, int, Vocabulary]:
     from picogpt_jax import runtime
 
     model: Any
@@ -89,10 +88,10 @@ def evaluate_shared() -> tuple[float, int]:
         model = sources.load_onnx(MODEL.value) if RUNTIME.value == "onnx" else sources.load_gguf(MODEL.value)
         vocabulary = model.vocabulary
     tokens = open_tokens(model.block_size, vocabulary)
-    return runtime.evaluate(model, tokens.ids, model.block_size, BATCH_SIZE), len(tokens) - 1
+    return runtime.evaluate(model, tokens.ids, model.block_size, BATCH_SIZE), len(tokens) - 1, vocabulary
 
 
-def evaluate_jax(is_int8: bool) -> tuple[float, int]:
+def evaluate_jax(is_int8: bool) -> tuple[float, int, Vocabulary]:
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax(DEVICE.value, cpu_devices=1)
@@ -117,7 +116,7 @@ def evaluate_jax(is_int8: bool) -> tuple[float, int]:
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)
-    return evaluator.loss(variables, tokens.ids), len(tokens) - 1
+    return evaluator.loss(variables, tokens.ids), len(tokens) - 1, vocabulary
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
     sections = cli.config_sections(CONFIG)
     if not sections["data"]["dir"]:
         raise UserError("--config.data.dir is needed: a folder with train.bin, val.bin and meta.json")
-    vocabulary = Vocabulary.from_data_dir(sections["data"]["dir"])
+    vocabulary = Vocabulary.from_data_dir(sections["data"]["dir"], sections["model"]["vocab_size"])
     complete(sections["model"], vocabulary)
     from picogpt_jax.train import train  # after set_up_jax
 

@@ -71,12 +71,15 @@ def test_every_parameter_is_either_a_matrix_or_a_vector(bias: bool) -> None:
 
 
 def test_an_unknown_or_missing_key_or_section_is_named() -> None:
-    with pytest.raises(UserError, match=r"train has unknown keys \['lr'\]; it knows \['batch_size', "):
+    with pytest.raises(UserError, match=r"train has unknown keys \['lr'\]; it knows \['attention', 'batch_size', "):
         Config.from_dict({**sections(), "train": {**sections()["train"], "lr": 1.0}})
     incomplete = sections()
     del incomplete["optimizer"]["beta1"], incomplete["optimizer"]["beta2"]
     with pytest.raises(UserError, match=r"optimizer lacks the keys \['beta1', 'beta2'\]"):
         Config.from_dict(incomplete)
+    before_scan = sections()
+    del before_scan["train"]["scan_layers"], before_scan["train"]["remat"], before_scan["train"]["attention"]
+    assert Config.from_dict(before_scan) == Config.from_dict(sections()), "runs from before there were these keys"
     with pytest.raises(UserError, match=r"config has unknown keys \['extra'\]"):
         Config.from_dict({**sections(), "extra": {}})
     without_mesh = sections()

@@ -44,6 +44,7 @@ def test_a_run_resumes_with_the_same_configuration(resumable: Callable[..., None
         dict(train__gradient_accumulation_steps=2),
         dict(data_dir="/moved"),
         dict(mesh__data=-1, mesh__fsdp=2, mesh__tensor=2),
+        dict(train__scan_layers=True, train__remat="block", train__attention="plain"),
         dict(checkpoint__keep=5, log__tensorboard=True),
     ],
 )
@@ -54,6 +55,7 @@ def test_what_moves_no_parameter_may_change(resumable: Callable[..., None], chan
 def test_what_moves_a_parameter_may_not_change(resumable: Callable[..., None]) -> None:
     sections = tiny_config().to_dict()
     free = ("max_iters", "eval_interval", "eval_iters", "log_interval", "gradient_accumulation_steps")
+    free += ("scan_layers", "remat", "attention")
     keys = [
         *(f"{section}.{key}" for section in ("model", "quant", "optimizer") for key in sections[section]),
         *(f"train.{key}" for key in sections["train"] if key not in free),

@@ -105,6 +105,30 @@ def test_a_folder_that_is_not_prepared_names_the_command(tmp_path: Path) -> None
         Vocabulary.from_data_dir(tmp_path)
 
 
+def test_token_files_alone_have_ids_and_no_text(tmp_path: Path) -> None:
+    np.arange(9, dtype="<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"has token files but no vocabulary .* or give --config.model.vocab_size"):
+        Vocabulary.from_data_dir(tmp_path)
+    ids = Vocabulary.from_data_dir(tmp_path, 50304)
+    assert (ids.size, ids.n_characters(np.arange(7))) == (50304, 7)
+    assert Vocabulary.from_json(ids.to_json(), "vocab.json") == ids
+    for use in (lambda: ids.encode("a"), lambda: ids.decode([1]), lambda: ids.default_prompt):
+        with pytest.raises(UserError, match=r"trained on token ids alone.* put the tokenizer.json .* into the workdir"):
+            use()
+    with pytest.raises(UserError, match=r"model.vocab_size=65537: .* 1 to 65536 fit in uint16"):
+        Vocabulary.from_data_dir(tmp_path, 65537)
+
+
+def test_token_ids_fit_any_vocabulary_of_their_number(tmp_path: Path) -> None:
+    """So that a tokenizer.json may be added to a run that began without one."""
+    (tmp_path / "train.bin").touch()
+    text = Vocabulary.from_text("abc")
+    assert text.fits(Vocabulary.from_data_dir(tmp_path, 3))
+    assert Vocabulary.from_data_dir(tmp_path, 3).fits(text)
+    assert not text.fits(Vocabulary.from_data_dir(tmp_path, 4))
+    assert not text.fits(Vocabulary.from_text("abd"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
