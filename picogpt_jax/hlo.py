@@ -237,8 +237,8 @@ def _parentheses(text: str) -> tuple[str, str]:
 def replica_groups(attributes: str, devices: int) -> list[list[int]]:
     """The groups of devices that a collective works in, in any of HLO's three notations.
 
-    `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, an iota reshaped, transposed and reshaped again; and a mesh with the axes that
-    a group spans, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`. Without groups all devices are one.
+    `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, an iota reshaped, transposed and reshaped again; and a mesh with the axes
+    that a group spans, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`. Without groups all devices are one.
     """
     listed = re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", attributes)
     if listed:

@@ -16,26 +16,8 @@ PRODUCTS = ("dot", "convolution")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 COLLECTIVES += ("collective-broadcast",)
 # These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
-FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "get-tuple-element",
-        "tuple",
-        "bitcast",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "add-dependency",
-        "domain",
-        "iota-start",
-        "get-dimension-size",
-        "rng-get-and-update-state",
-        "send",
-        "recv",
-    ]
-)
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size", "send", "recv"}
 
 Precision = Literal["int8", "bfloat16", "float32"]
 
@@ -260,7 +242,7 @@ def _memory_bytes(module: Module, item: Executed) -> int:
     ):  # a copy or slice to or from on-chip memory; the result is (to, from, ...) or a wrapper
         moved = instruction.result[: 2 if opcode == "copy-start" else None]
         smallest = min((array.n_bytes for array in moved if array.n_bytes > 8), default=0)
-        sides = [array for array in (*moved[:1], *(part for parts in arrays.values() for part in parts[:1]))]
+        sides = (*moved[:1], *(part for parts in arrays.values() for part in parts[:1]))
         return smallest * sum(array.memory_space == 0 for array in sides)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return _main(instruction.result) + _main(instruction.result)

@@ -61,14 +61,14 @@ def topology_devices(name: str) -> list[jax.Device]:
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known)
         raise UserError(
-            f"--topology={name} is not known to the TPU compiler ({str(error).splitlines()[0]}); give a chip and the shape "
-            f"of a slice, such as {examples}"
+            f"--topology={name} is not known to the TPU compiler ({str(error).splitlines()[0]}); give a chip and the "
+            f"shape of a slice, such as {examples}"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A training step for the devices of a slice, compiled; `program` is None where it does not fit into their memory."""
+    """A training step for the devices of a slice; `program` is None where their memory does not hold it."""
 
     trainer: Trainer
     program: Any

@@ -40,9 +40,8 @@ def _mode(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    lines = [
-        f"memory a chip  {plan['bytes_per_chip'] / GIB:9.2f} GiB of {plan['chip_memory_bytes'] / GIB:.0f} GiB: {verdict}"
-    ]
+    needed, there = plan["bytes_per_chip"] / GIB, plan["chip_memory_bytes"] / GIB
+    lines = [f"memory a chip  {needed:9.2f} GiB of {there:.0f} GiB: {verdict}"]
     rows = {"  parameters": plan["parameter_bytes_per_chip"], "  optimizer": plan["optimizer_bytes_per_chip"]}
     if "memory" in plan:
         rows["  temporaries"] = plan["memory"]["temporaries"]
@@ -58,10 +57,10 @@ def _work(plan: Plan) -> list[str]:
     lines = ["matmuls, all chips     count         FLOPs"]
     for name, row in plan["matmuls"].items():
         lines.append(f"  {name:<16} {row['count']:>9,}  {row['flops']:12.4g}")
-    ratio = plan["flops_per_step"] / plan["model_flops_per_step"]
+    total, model = plan["flops_per_step"], plan["model_flops_per_step"]
     lines.append(
-        f"  in all            {'':>8}  {plan['flops_per_step']:12.4g}  = {ratio:.2f} x {plan['model_flops_per_step']:.4g} "
-        "(6 N + 12 L T C a token, arXiv 2204.02311, appendix B: what MFU counts)"
+        f"  in all            {'':>8}  {total:12.4g}  = {total / model:.2f} x {model:.4g} (6 N + 12 L T C a token, "
+        "arXiv 2204.02311, appendix B: what MFU counts)"
     )
     return lines
 
@@ -72,20 +71,19 @@ def _collectives(plan: Plan) -> list[str]:
         lines.append(f"  {name:<16} {row['count']:>7,}  {row['bytes'] / 1e9:12.4f}  {row['ms']:9.2f}")
     lines.append("the largest, by type and mesh axes")
     for row in plan["largest_collectives"]:
-        hidden = "hidden" if row["overlapped"] else ""
-        name = f"{row['kind']} {row['dtype']} {row['axes']}"
-        lines.append(
-            f"  {name:<38} {row['count']:>6,}  {row['bytes'] / 1e9:9.4f}  {row['ms']:9.2f} {hidden:<6} {row['largest'][-60:]}"
-        )
+        name = f"{row['kind']} {row['dtype']} {row['axes']}{', hidden' if row['overlapped'] else ''}"
+        source = row["largest"][-60:]
+        lines.append(f"  {name:<46} {row['count']:>6,}  {row['bytes'] / 1e9:9.4f}  {row['ms']:9.2f}  {source}")
     return lines
 
 
 def _time(plan: Plan) -> list[str]:
+    serial = plan["step_time_ms_nothing_hidden"]
     return [
         f"compute {plan['compute_ms']:.1f} ms, memory {plan['memory_ms']:.1f} ms, interconnect "
         f"{plan['interconnect_ms']:.1f} ms, of which {plan['exposed_interconnect_ms']:.1f} ms are not hidden",
         f"step {plan['step_time_ms']:.1f} ms, {plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%} "
-        f"(with nothing hidden: {plan['step_time_ms_nothing_hidden']:.1f} ms, {plan['mfu_nothing_hidden']:.1%}); at best",
+        f"(with nothing hidden: {serial:.1f} ms, {plan['mfu_nothing_hidden']:.1%}); at best",
     ]
 
 

@@ -4,6 +4,7 @@ Every published figure is taken from `picogpt_jax.chips`. What is left out makes
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -124,7 +125,7 @@ def group_links(members: Sequence[Coordinates], place: Slice) -> tuple[float, fl
     for side, size in zip(sides, place.dims, strict=True):
         if len(side) == 1:
             continue
-        stride = min(after - before for before, after in zip(side, side[1:], strict=False))
+        stride = min(after - before for before, after in itertools.pairwise(side))
         multiple = place.chip.torus_multiple
         ring = bool(multiple) and size % multiple == 0 and len(side) * stride == size
         links += (2.0 if ring else 1.0) / stride
