@@ -24,7 +24,6 @@ from picogpt_jax.quantization import (
     int8_dot,
     quantized_dot_general,
 )
-from picogpt_jax.sharding import split_batch, split_lookup
 
 # Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
 LayerCache = tuple[Array, Array, Array]
@@ -108,16 +107,16 @@ class Embedding(nn.Module):
             self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
             self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
 
-    def __call__(self, ids: Int[Array, "B ..."]) -> Float[Array, "B ... C"]:
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
         if isinstance(self.table, QuantizedTensor):
             # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
             # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
-            table = self.table.dequantize()
+            rows = self.table.dequantize()[ids]
         elif self.mode == "float":
-            table = self.table
+            rows = self.table[ids]
         else:
-            table = fake_quantize(self.table, self.quant.weight_granularity)
-        return split_lookup(table, ids).astype(self.dtype)
+            rows = fake_quantize(self.table, self.quant.weight_granularity)[ids]
+        return rows.astype(self.dtype)
 
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
@@ -322,8 +321,8 @@ class Block(nn.Module):
         norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
         parts = (config, self.quant, self.mode, self.dtype)
         y_BTC, updated = Attention(*parts, name="attn")(LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only)
-        x_BTC = split_batch((x_BTC[:, -1:] if last_only else x_BTC) + y_BTC)
-        return split_batch(x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key)), updated
+        x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
+        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key), updated
 
 
 class GPT(nn.Module):
@@ -385,7 +384,7 @@ class GPT(nn.Module):
         # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
         positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
         x_BTC = self.wte(tokens_BT) + self.wpe(positions_BT)
-        x_BTC = split_batch(dropout(x_BTC, config.dropout, key, "embeddings"))
+        x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
         if self.scan or self.remat != "none":
             if cache is not None or keep_cache or last_only:

@@ -11,9 +11,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_sharding
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
@@ -72,31 +70,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
     """Splits dimension `batch_dim` over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * batch_dim, BATCH_AXES))
-
-
-def split_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Activations in a step that is compiled for a mesh (`jax.sharding.use_abstract_mesh`): split over the batch axes.
-
-    Told once a block, the compiler gathers the weights for each product, as int8 codes where they are int8. Left to
-    itself it spreads the activations along the weights' `fsdp` axis, and adds up whole int32 results between devices.
-    """
-    return _constrained(x, PartitionSpec(BATCH_AXES))
-
-
-def split_lookup(table_RC: Float[Array, "R C"], ids: Int[Array, "B ..."]) -> Float[Array, "B ... C"]:
-    """The rows `ids` of a table whose width is split over `fsdp`: each device its part of the width, for all tokens.
-
-    The same is told of the gradient: its sum over the tokens is then split as the table is, instead of a whole table
-    in float32 on every device.
-    """
-    if ids.shape[0] == 1:  # positions, the same for all sequences
-        return table_RC[ids]
-    rows = table_RC[_constrained(ids, PartitionSpec("data"))]
-    return _constrained(rows, PartitionSpec("data", *[None] * (ids.ndim - 1), "fsdp"))
-
-
-def _constrained(x: Array, spec: PartitionSpec) -> Array:
-    return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, spec)
 
 
 def parameter_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:

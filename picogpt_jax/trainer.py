@@ -180,16 +180,14 @@ class Trainer:
             tokens_BT1 = lax.with_sharding_constraint(batch.astype(jnp.int32), sharding.batch_sharding(self.mesh))
             return self._step(state, tokens_BT1, mode)
 
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return lax.scan(body, state, batches)
+        return lax.scan(body, state, batches)
 
     def evaluator(self, mode: Mode) -> Evaluator:
         quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
         model = self.model(mode).clone(quant=quant)
 
         def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return model.apply({"params": params}, tokens_BT)
+            return model.apply({"params": params}, tokens_BT)
 
         return Evaluator(forward, self.mesh, self.config.model.block_size, self.micro_batch)
 
