@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from picogpt_jax.data import evaluation_windows, padded_windows
 from picogpt_jax.devices import compiler_options
-from picogpt_jax.sharding import batch_sharding, replicated
+from picogpt_jax.sharding import batch_sharding, on, replicated
 
 # weights (any tree), tokens [B, T] -> float32 logits [B, T, V]
 Forward = Callable[[Any, Int[Array, "B T"]], Any]
@@ -39,7 +39,8 @@ class Evaluator:
         self.mesh, self.block_size, self.batch_size = mesh, block_size, batch_size
 
         def summed(weights: Any, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"]) -> Float[Array, " B"]:
-            logits_BTV = forward(weights, tokens_BT)
+            with on(mesh):
+                logits_BTV = forward(weights, tokens_BT)
             losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
             return jnp.where(targets_BT >= 0, losses_BT, 0.0).sum(-1)
 

@@ -24,6 +24,7 @@ from picogpt_jax.quantization import (
     int8_dot,
     quantized_dot_general,
 )
+from picogpt_jax.sharding import constrain, splits
 
 # Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
 LayerCache = tuple[Array, Array, Array]
@@ -70,20 +71,32 @@ class Dense(nn.Module):
     dtype: jnp.dtype
     n_layer: int
     axes: tuple[str, str]
+    parts: int = 1  # q, k and v side by side are three
 
     @nn.compact
-    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T *O"]:
+        """[B, T, features]; or [B, T, parts, features / parts], where each part's features are split over devices."""
+        apart = self.parts > 1 and splits("heads")
+        shape = (self.parts, self.features // self.parts)
         if self.mode == "serve":
-            y_BTO = int8_dot(x_BTI, stored(self, "kernel"), self.quant.activation_bits)
+            kernel_OI = stored(self, "kernel")
+            if apart:
+                kernel_OI = in_parts(kernel_OI, shape)
+            y_BTO = int8_dot(x_BTI, kernel_OI, self.quant.activation_bits)
         else:
             normal = nn.initializers.normal(init_stddev(self.name or "", self.n_layer))
             init = nn.with_logical_partitioning(normal, self.axes)
             kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
+            if apart:
+                # Stored side by side, a device's share is no whole heads: the weights move, not the activations.
+                kernel_IO = constrain(kernel_IO.reshape(-1, *shape), "embed", None, "heads")
             dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
             y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+            if apart:
+                bias = constrain(bias.reshape(shape), None, "heads")
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
         return y_BTO.astype(self.dtype)
 
@@ -108,6 +121,7 @@ class Embedding(nn.Module):
             self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
+        ids = constrain(ids, "tokens", None)
         if isinstance(self.table, QuantizedTensor):
             # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
             # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
@@ -116,7 +130,7 @@ class Embedding(nn.Module):
             rows = self.table[ids]
         else:
             rows = fake_quantize(self.table, self.quant.weight_granularity)[ids]
-        return rows.astype(self.dtype)
+        return constrain(rows.astype(self.dtype), "tokens", None, "embed")
 
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
@@ -130,7 +144,7 @@ def matmul(
     in_dim: int,
     dot_general: nn.Module | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B T O"]:
+) -> Float[Array, "B T *O"]:
     """x times a float weight whose dimension `in_dim` is contracted: through AQT, or plain where there is no module."""
     dimension_numbers = (((1,), (in_dim,)), ((), ()))
     # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
@@ -139,12 +153,19 @@ def matmul(
         y_NO = lax.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers)
     else:
         y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
-    return y_NO.reshape(*x.shape[:-1], -1)
+    return y_NO.reshape(*x.shape[:-1], *y_NO.shape[1:])
 
 
-def as_row(vector: Float[Array, " C"], ndim: int) -> Float[Array, "... C"]:
-    """`vector` as [1, ..., 1, C], `ndim` dimensions."""
-    return vector.reshape((1,) * (ndim - 1) + (-1,))
+def as_row(vector: Float[Array, "*C"], ndim: int) -> Float[Array, "..."]:
+    """`vector` [C] as [1, ..., 1, C], `ndim` dimensions."""
+    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
+
+
+def in_parts(weight_OI: QuantizedTensor, shape: tuple[int, int]) -> QuantizedTensor:
+    """An int8 weight [parts * O, I] as [parts, O, I], each part split over devices by heads."""
+    codes = constrain(weight_OI.codes.reshape(*shape, -1), None, "heads", "embed")
+    scale = weight_OI.scale.reshape(*(shape if weight_OI.scale.size > 1 else (1, 1)), 1)
+    return QuantizedTensor(codes=codes, scale=scale)
 
 
 def stored(module: nn.Module, name: str) -> QuantizedTensor:
@@ -238,6 +259,13 @@ def _merge_gradients(
 split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
 
 
+def heads_of_parts(qkv_BT3C: Float[Array, "B T 3 C"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """The same from q, k and v apart, whose heads are split over devices."""
+    batch, time, _, width = qkv_BT3C.shape
+    parts = lax.split(qkv_BT3C, (1, 1, 1), axis=2)
+    return tuple(part.reshape(batch, time, n_head, width // n_head).transpose(0, 2, 1, 3) for part in parts)
+
+
 ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1.0 + lax.erf(x * 0.5**0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -265,8 +293,9 @@ class Attention(nn.Module):
         batch, time, width = x_BTC.shape
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
         dense["n_layer"] = config.n_layer
-        c_attn = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), **dense)
-        q_BHTD, k_BHTD, v_BHTD = split_heads(c_attn(x_BTC), config.n_head)
+        qkv = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), parts=3, **dense)(x_BTC)
+        heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
+        q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
@@ -298,7 +327,7 @@ class MLP(nn.Module):
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
         dense["n_layer"] = config.n_layer
         h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
-        h_BTF = ACTIVATIONS[config.activation](h_BTF)
+        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"))
         y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
 
@@ -322,7 +351,9 @@ class Block(nn.Module):
         parts = (config, self.quant, self.mode, self.dtype)
         y_BTC, updated = Attention(*parts, name="attn")(LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only)
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
-        return x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key), updated
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key)
+        return constrain(x_BTC, "batch", None, None), updated
 
 
 class GPT(nn.Module):
@@ -383,7 +414,8 @@ class GPT(nn.Module):
         first = 0 if cache is None else cache.length
         # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
         positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
-        x_BTC = self.wte(tokens_BT) + self.wpe(positions_BT)
+        # From tables split along their width, rows come in parts; then each goes whole to its device.
+        x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
         if self.scan or self.remat != "none":
@@ -398,7 +430,7 @@ class GPT(nn.Module):
                 # Of the last layer, only the keys and values of the other positions matter to the last one.
                 x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
                 updates.append(updated)
-        logits_BTV = self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32)
+        logits_BTV = constrain(self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32), "batch", None, "vocab")
         if cache is None and not keep_cache:
             return logits_BTV
         if cache is None:

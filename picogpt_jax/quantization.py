@@ -87,25 +87,26 @@ def fake_quantize(x: Float[Array, "..."], granularity: Granularity) -> Float[Arr
 
 def int8_dot(
     x: Float[Array, "... features"], weight: QuantizedTensor, activation_bits: int | None
-) -> Float[Array, "... out"]:
+) -> Float[Array, "..."]:
     """Serving: `x` times an int8 weight stored [out, in], with int32 accumulation.
 
     Args:
         x: activations, any float type; quantized here, one scale per token, unless `activation_bits` is None.
-        weight: codes [out, in], scale [out, 1] or [1, 1].
+        weight: codes [out, in], scale [out, 1] or [1, 1]; `out` may be several dimensions.
 
     Returns:
         float32 [..., out]: with int8 activations bit for bit what the training forward pass computes; with float ones
         to rounding, because a float sum depends on its order.
     """
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    weight_scale = weight.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    contract_last = (((x.ndim - 1,), (weight.codes.ndim - 1,)), ((), ()))
+    weight_scale = weight.scale.reshape((1,) * (x.ndim - 1) + weight.scale.shape[:-1])
     if activation_bits is None:
         product = lax.dot_general(x.astype(jnp.float32), weight.codes.astype(jnp.float32), contract_last)
         return product * weight_scale
     activations = quantize(x)
     product = lax.dot_general(activations.codes, weight.codes, contract_last, preferred_element_type=jnp.int32)
-    return product.astype(jnp.float32) * activations.scale * weight_scale
+    activation_scale = activations.scale.reshape(*x.shape[:-1], *(1,) * (weight.codes.ndim - 1))
+    return product.astype(jnp.float32) * activation_scale * weight_scale
 
 
 def quantized_dot_general(quant: QuantConfig, mode: Mode, compute_dtype: jnp.dtype) -> nn.Module | None:

@@ -1,33 +1,41 @@
 """Where each array lives: a mesh with the axes data, fsdp and tensor, and one table from logical axes to mesh axes.
 
 The model names logical axes only. The batch is split over `data` and `fsdp`; `fsdp` also splits the parameters along
-the width, `tensor` along heads, hidden units and vocabulary.
+the width, `tensor` along heads, hidden units and vocabulary. The compiler derives the places of what is computed from
+those of parameters and batches; within a step, `constrain` says where it must not guess. With `fsdp` it is the weights
+that travel (in QAT, their int8 codes), each gathered for its product, never the activations.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.linen.spmd import logical_to_mesh_sharding
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-RULES = (
-    ("layers", None),
-    ("vocab", "tensor"),
-    ("position", None),
-    ("embed", "fsdp"),
-    ("qkv", "tensor"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("norm", None),
-)
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "tokens": "data",  # the batch while it is looked up in tables whose width is split over fsdp
+    "layers": None,
+    "vocab": "tensor",
+    "position": None,
+    "embed": "fsdp",
+    "qkv": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+}
+# What sets the size of a dimension, for the message when it does not divide.
+KEYS = {"vocab": "vocab_size", "embed": "n_embd", "qkv": "n_embd", "heads": "n_head", "mlp": "mlp_ratio"}
 
 
 def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -73,7 +81,7 @@ def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
 
 
 def parameter_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of parameters from the logical axes that the model gave them.
+    """Shardings of parameters, or of int8 codes and scales, from the logical axes that the model gave them.
 
     Args:
         abstract_boxed: the result of `jax.eval_shape(model.init, ...)`, linen metadata included.
@@ -84,16 +92,49 @@ def parameter_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
     Raises:
         UserError: a dimension does not divide over its mesh axis.
     """
-    specs = nn.get_partition_spec(abstract_boxed)
-    shardings = logical_to_mesh_sharding(specs, mesh, RULES)
 
-    def check(path: Any, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
-        for dim, axis in enumerate(sharding.spec):
-            if axis is not None and array.shape[dim] % mesh.shape[axis]:
-                raise UserError(
-                    f"dimension {dim} of {jax.tree_util.keystr(path)}, of size {array.shape[dim]}, does not divide "
-                    f"over mesh.{axis}={mesh.shape[axis]}; change mesh.{axis} or the model's size"
-                )
-        return sharding
+    def place(path: Any, array: jax.ShapeDtypeStruct, axes: PartitionSpec) -> NamedSharding:
+        for dim, (axis, size) in enumerate(zip(axes, array.shape, strict=False)):
+            check_divides(axis, f"dimension {dim} ({axis}) of {jax.tree_util.keystr(path)}", size, mesh)
+        return NamedSharding(mesh, partition_spec(axes))
 
-    return jax.tree_util.tree_map_with_path(check, nn.unbox(abstract_boxed), shardings)
+    return jax.tree_util.tree_map_with_path(place, nn.unbox(abstract_boxed), nn.get_partition_spec(abstract_boxed))
+
+
+def check_divides(axis: str | None, what: str, size: int, mesh: Mesh) -> None:
+    """Raises a UserError that names what to change if `size` does not divide over the mesh axis of a logical axis."""
+    mesh_axis = None if axis is None else RULES[axis]
+    if axis is None or not isinstance(mesh_axis, str) or size % mesh.shape[mesh_axis] == 0:
+        return
+    raise UserError(
+        f"{what}, of size {size}, does not divide over mesh.{mesh_axis}={mesh.shape[mesh_axis]}; change "
+        f"mesh.{mesh_axis} or model.{KEYS[axis]}"
+    )
+
+
+def partition_spec(axes: Iterable[str | None]) -> PartitionSpec:
+    """Logical axes -> mesh axes, by the table."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Within it, while a function is traced, `constrain` knows the mesh.
+
+    Nothing is set for a mesh that splits the batch alone: what the compiler derives from the batch is right then.
+    """
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Places dimension i of `x` as logical axis i says; None: not split. Nothing happens outside `on`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def splits(axis: str) -> bool:
+    """Whether a logical axis is split where this is traced."""
+    mesh, mesh_axis = jax.sharding.get_abstract_mesh(), RULES[axis]
+    return not mesh.empty and isinstance(mesh_axis, str) and mesh.shape[mesh_axis] > 1

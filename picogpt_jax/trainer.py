@@ -62,6 +62,7 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer)
         self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
         self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
+        sharding.check_divides("heads", "the attention heads (model.n_head)", config.model.n_head, self.mesh)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
         options = compiler_options(self.platform)
@@ -180,7 +181,8 @@ class Trainer:
             tokens_BT1 = lax.with_sharding_constraint(batch.astype(jnp.int32), sharding.batch_sharding(self.mesh))
             return self._step(state, tokens_BT1, mode)
 
-        return lax.scan(body, state, batches)
+        with sharding.on(self.mesh):
+            return lax.scan(body, state, batches)
 
     def evaluator(self, mode: Mode) -> Evaluator:
         quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
