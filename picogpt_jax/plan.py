@@ -296,18 +296,27 @@ def _outcome(plan: dict[str, Any]) -> str:
 
 
 def weak_scaling(
-    config: Config, topologies: Iterable[str], quick: bool = False, progress: Callable[[str], None] = print
+    config: Config,
+    topologies: Iterable[str],
+    meshes: Sequence[MeshConfig] = (),
+    quick: bool = False,
+    progress: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Plans on slices of growing size with the same work a chip: `train.batch_size` is that of the first.
+
+    Args:
+        meshes: one for each slice; default: the configuration's on all of them.
 
     Each plan also has `efficiency`: its tokens/s a chip, relative to the first's. Those that do not fit are left out.
     """
     plans: list[dict[str, Any]] = []
     sizes = {topology: len(topology_devices(topology)) for topology in topologies}
     smallest = next(iter(sizes.values()))
-    for topology, devices in sizes.items():
+    if meshes and len(meshes) != len(sizes):
+        raise UserError(f"there are {len(meshes)} meshes for {len(sizes)} slices; give one for each, or none")
+    for (topology, devices), mesh in zip(sizes.items(), meshes or [config.mesh] * len(sizes), strict=True):
         train = dataclasses.replace(config.train, batch_size=config.train.batch_size * devices // smallest)
-        plan = make_plan(dataclasses.replace(config, train=train), topology, quick)
+        plan = make_plan(dataclasses.replace(config, train=train, mesh=mesh), topology, quick)
         if "mfu" in plan:
             plans.append(plan)
             per_chip = [item["tokens_per_second"] / item["chips"] for item in (plan, plans[0])]

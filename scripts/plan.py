@@ -26,7 +26,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configurat
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
 JSON = flags.DEFINE_string("json", None, "File for the plan, or the list of plans.")
 COMPARE = flags.DEFINE_bool("compare", False, "Rank meshes and batch sizes, int8 beside bfloat16.")
-MESHES = flags.DEFINE_list("meshes", None, "--compare: data x fsdp x tensor, such as 256x1x1,16x16x1.")
+MESHES = flags.DEFINE_list(
+    "meshes", None, "data x fsdp x tensor, such as 256x1x1,16x16x1: those to compare, or one a slice."
+)
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "--compare: default: the configuration's, and twice that.")
 WEAK_SCALING = flags.DEFINE_list(
     "weak_scaling", None, "Slices of growing size, such as v5e:2x2,v5e:16x16; train.batch_size is that of the first."
@@ -56,15 +58,16 @@ def plan(config: Config) -> Any:
     from picogpt_jax import plan_report  # after set_up_jax
     from picogpt_jax.plan import compare, make_plan, mesh_shapes, topology_devices, weak_scaling
 
+    meshes = [_mesh(text) for text in MESHES.value or ()]
     if COMPARE.value:
-        meshes = [_mesh(text) for text in MESHES.value or ()] or mesh_shapes(len(topology_devices(TOPOLOGY.value)))
+        meshes = meshes or mesh_shapes(len(topology_devices(TOPOLOGY.value)))
         batch_size = config.train.batch_size
         batch_sizes = [_number(text) for text in BATCH_SIZES.value or (batch_size, 2 * batch_size)]
         plans = compare(config, TOPOLOGY.value, meshes, batch_sizes, QUICK.value is not False)
         print(plan_report.format_comparison(plans))
         return plans
     if WEAK_SCALING.value:
-        plans = weak_scaling(config, WEAK_SCALING.value, bool(QUICK.value))
+        plans = weak_scaling(config, WEAK_SCALING.value, meshes, bool(QUICK.value))
         print(plan_report.format_scaling(plans))
         if PNG.value is not None:
             label = f"{plans[0]['chip']}, " + ("int8 QAT" if config.quant.mode == "int8" else "bfloat16")

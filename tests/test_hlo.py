@@ -116,7 +116,8 @@ def test_calls_and_branches_are_followed() -> None:
 
 
 def test_result_types_with_layouts_and_tuples() -> None:
-    assert parse_arrays("(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/s8[4]{0:T(128)(4,1)}, (bf16[]{:T(128)}, token[]))") == (
+    text = "(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/s8[4]{0:T(128)(4,1)}, (bf16[]{:T(128)}, token[]))"
+    assert parse_arrays(text) == (
         HloArray("f32", (2, 3), 1), HloArray("s8", (4,)), HloArray("bf16", ()), HloArray("token", ())
     )  # fmt: skip
     sizes = [array.n_bytes for array in parse_arrays("(f32[2,3], s4[3], pred[5], f8e4m3fn[7], token[])")]
