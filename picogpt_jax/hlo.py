@@ -181,8 +181,9 @@ def parse_module(text: str) -> Module:
     Raises:
         ValueError: it has no entry computation.
     """
-    computations, entry = {}, None
-    name, lines = "", []
+    computations: dict[str, Computation] = {}
+    entry: str | None = None
+    name, lines = "", list[str]()
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
         if header:

@@ -13,8 +13,8 @@ from typing import Literal
 from picogpt_jax.hlo import Computation, Executed, HloArray, Instruction, Module, replica_groups
 
 PRODUCTS = ("dot", "convolution")
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-COLLECTIVES += ("collective-broadcast",)
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
+COLLECTIVES |= {"collective-broadcast"}
 # These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size", "send", "recv"}
@@ -98,11 +98,11 @@ def cost_of(module: Module, devices: int) -> Cost:
     """
     executed, unknown_loops = module.executed()
     uncounted = [f"loop {name}: counted once" for name in unknown_loops]
-    work, collectives = [], {}
+    work: list[Work] = []
+    collectives: dict[tuple[str, str], Collective] = {}
     for item in executed:
         found = _collectives(module, item, devices)
-        for key, collective in found.items():
-            collectives.setdefault(key, collective)
+        collectives = found | collectives  # the first part says how it began
         products = _products(module, item)
         kernel = _kernel(item.instruction)
         if kernel is not None:

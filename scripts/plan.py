@@ -56,7 +56,8 @@ def main() -> None:
 
 def plan(config: Config) -> Any:
     from picogpt_jax import plan_report  # after set_up_jax
-    from picogpt_jax.plan import compare, make_plan, mesh_shapes, topology_devices, weak_scaling
+    from picogpt_jax.plan import make_plan, topology_devices
+    from picogpt_jax.plan_sweep import compare, mesh_shapes, weak_scaling
 
     meshes = [_mesh(text) for text in MESHES.value or ()]
     if COMPARE.value:
