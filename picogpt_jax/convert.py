@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
+from picogpt_jax import sharding
 from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
 from picogpt_jax.model import GPT
@@ -95,18 +97,42 @@ def serving_quant(model: Int8Model) -> QuantConfig:
     )
 
 
-def serving_variables(model: Int8Model) -> dict[str, Any]:
-    """The variables of `GPT(..., mode="serve")`: int8 codes, their scales and the float vectors; no float matrix."""
+def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The variables of `GPT(..., mode="serve")`: int8 codes, their scales and the float vectors; no float matrix.
+
+    Args:
+        mesh: splits them by the table of `sharding`, codes [out, in] along the axes of the float kernel [in, out];
+            None: one device holds them.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axis.
+    """
+    axes: Any = None if mesh is None else sharding.logical_axes(abstract_parameters(model.model))
+
+    def put(array: npt.NDArray[Any], path: tuple[str, ...]) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(array)
+        names = _lookup(axes, path)[:: -1 if path[-1] == "kernel" else 1]
+        # A scale has one entry where the codes have the dimension that is summed over.
+        split = [None if size == 1 else axis for axis, size in zip(names, array.shape, strict=True)]
+        return jax.device_put(array, sharding.placement(split, "/".join(path), array.shape, mesh))
+
     codes: dict[str, Any] = {}
     params: dict[str, Any] = {}
     for name, tensor in model.matrices.items():
-        leaf = "embedding" if name in EMBEDDINGS else "kernel"
-        value = QuantizedTensor(codes=jnp.asarray(tensor.codes), scale=jnp.asarray(tensor.scale))
-        _store(codes, (*module_path(name), leaf), value)
+        path = (*module_path(name), "embedding" if name in EMBEDDINGS else "kernel")
+        _store(codes, path, QuantizedTensor(codes=put(tensor.codes, path), scale=put(tensor.scale, path)))
     for name, vector in model.vectors.items():
         module, kind = name.rsplit(".", 1)
-        _store(params, (*module_path(module), "scale" if kind == "weight" else "bias"), jnp.asarray(vector))
+        path = (*module_path(module), "scale" if kind == "weight" else "bias")
+        _store(params, path, put(vector, path))
     return {"params": params, INT8_COLLECTION: codes}
+
+
+def abstract_parameters(config: ModelConfig) -> Any:
+    """Shapes and logical axes of the float parameters, without computing them."""
+    init = GPT(config, FLOAT, "float").init
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def float_arrays(config: ModelConfig, params: Any) -> dict[str, npt.NDArray[np.float32]]:

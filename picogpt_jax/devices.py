@@ -48,5 +48,5 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
-    """Options for `jax.jit` on a platform, by default the one at hand."""
+    """Options for `jax.jit` on a platform; None: the one at hand."""
     return COMPILER_OPTIONS | (CPU_COMPILER_OPTIONS if (platform or jax.default_backend()) == "cpu" else {})

@@ -3,6 +3,7 @@
 Shapes: B streams, T time, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from picogpt_jax import sharding
 from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.convert import FLOAT, serving_quant, serving_variables
 from picogpt_jax.devices import compiler_options
@@ -38,10 +40,14 @@ class Generator:
     Args:
         model: mode "serve" for int8 codes, "float" or "train" (QAT) for float parameters.
         variables: what `model.apply` takes.
+        mesh: over which the variables are split already, and the KV cache will be; None: each device that has streams
+            of its own holds a copy.
     """
 
-    def __init__(self, model: GPT, variables: Any) -> None:
-        self.model = model
+    def __init__(self, model: GPT, variables: Any, mesh: Mesh | None = None) -> None:
+        self.model, self.mesh = model, mesh
+        if mesh is not None:
+            sharding.check_divides("heads", "the attention heads (model.n_head)", model.config.n_head, mesh)
         self.block_size = model.config.block_size
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         self._prefill = jax.jit(self._prefill_impl, compiler_options=compiler_options())
@@ -52,9 +58,13 @@ class Generator:
         self._draw = jax.jit(draw, **options)
 
     @classmethod
-    def from_int8(cls, model: Int8Model) -> "Generator":
-        """Serves int8 products from the codes; there is no float matrix in memory."""
-        return cls(GPT(model.model, serving_quant(model), "serve"), serving_variables(model))
+    def from_int8(cls, model: Int8Model, mesh: Mesh | None = None) -> "Generator":
+        """Serves int8 products from the codes; there is no float matrix in memory.
+
+        Args:
+            mesh: splits codes, scales and the KV cache, for models that one device does not hold.
+        """
+        return cls(GPT(model.model, serving_quant(model), "serve"), serving_variables(model, mesh), mesh)
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Any) -> "Generator":
@@ -83,7 +93,8 @@ class Generator:
             int32 [B, T + max_new_tokens]: the prompt and what follows.
 
         Raises:
-            UserError: an empty prompt, or a temperature that is negative or not finite.
+            UserError: an empty prompt, a temperature that is negative or not finite, or streams that do not divide
+                over the mesh.
         """
         if prompt_BT.ndim != 2 or prompt_BT.shape[1] < 1:
             raise UserError(
@@ -127,10 +138,16 @@ class Generator:
         return text_BT
 
     def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], **options: Any) -> Any:
-        return self.model.apply(variables, tokens_BT, **options)
+        with contextlib.nullcontext() if self.mesh is None else sharding.on(self.mesh):
+            return self.model.apply(variables, tokens_BT, **options)
 
     def _split_streams(self, streams: int) -> tuple[Any, Mesh]:
-        """The variables on as many devices as divide the streams, and the mesh of those."""
+        """The variables on as many devices as divide the streams, and the mesh of those; or on the mesh given."""
+        if self.mesh is not None:
+            parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            if streams % parts:
+                raise UserError(f"{streams} streams do not divide over mesh.data * mesh.fsdp = {parts}; change one")
+            return self._variables[1], self.mesh
         devices = jax.local_devices()
         count = max(number for number in range(1, len(devices) + 1) if streams % number == 0)
         mesh = make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])

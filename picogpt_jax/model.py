@@ -14,7 +14,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.config import ModelConfig, QuantConfig, Remat
+from picogpt_jax import attention
+from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.quantization import (
     INT8_COLLECTION,
@@ -199,43 +200,6 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def attention(
-    q_BHtD: Float[Array, "B H t D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    past: tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""]] | None,
-    rate: float,
-    key: DropoutKey | None,
-    site: str,
-) -> Float[Array, "B H t D"]:
-    """Causal attention with softmax in float32; the queries are the last t of the T positions.
-
-    Args:
-        past: keys, values and number of the positions before these; read as they are, apart from the new ones, so that
-            the compiler can update the cache in place.
-        rate, key, site: of the dropout on the attention weights.
-    """
-    queries, time, head_size = q_BHtD.shape[2], k_BHTD.shape[2], q_BHtD.shape[3]
-    q_BHtD = q_BHtD * head_size**-0.5
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, k_BHTD).astype(jnp.float32)
-    visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
-        jnp.int32, (queries, time), 0
-    )
-    scores_BHtS = jnp.where(visible_tT[None, None], scores_BHtS, lowest)
-    if past is not None:
-        keys_BHSD, values_BHSD, length = past
-        before_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD, keys_BHSD).astype(jnp.float32)
-        before_BHtS = jnp.where(jnp.arange(keys_BHSD.shape[2])[None, None, None] < length, before_BHtS, lowest)
-        scores_BHtS = jnp.concatenate([scores_BHtS, before_BHtS], axis=-1)
-    weights_BHtS = jax.nn.softmax(scores_BHtS, axis=-1).astype(v_BHTD.dtype)
-    weights_BHtS = dropout(weights_BHtS, rate, key, site)
-    y_BHtD = jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., :time], v_BHTD)
-    if past is not None:
-        y_BHtD = y_BHtD + jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., time:], values_BHSD)
-    return y_BHtD
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
     """q, k and v of each head, from one array of width E = 3 C.
@@ -280,6 +244,7 @@ class Attention(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    form: AttentionForm
 
     @nn.compact
     def __call__(
@@ -299,7 +264,10 @@ class Attention(nn.Module):
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
-        y_BHTD = attention(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+        if self.form == "plain" or cache is not None or last_only:
+            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+        else:
+            y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
         updated = (k_BHTD, v_BHTD)
         if cache is not None:
             keys_BHSD, values_BHSD, length = cache
@@ -337,6 +305,7 @@ class Block(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    attention: AttentionForm
 
     @nn.compact
     def __call__(
@@ -349,7 +318,9 @@ class Block(nn.Module):
         config = self.config
         norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
         parts = (config, self.quant, self.mode, self.dtype)
-        y_BTC, updated = Attention(*parts, name="attn")(LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only)
+        y_BTC, updated = Attention(*parts, self.attention, name="attn")(
+            LayerNorm(**norm, name="ln_1")(x_BTC), key, cache, last_only
+        )
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
         x_BTC = constrain(x_BTC, "batch", None, None)
         x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC), key)
@@ -365,6 +336,7 @@ class GPT(nn.Module):
         scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.layers`).
         remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
             "train", without a cache.
+        attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
     """
 
     config: ModelConfig
@@ -373,6 +345,7 @@ class GPT(nn.Module):
     dtype: jnp.dtype = FLOAT32
     scan: bool = False
     remat: Remat = "none"
+    attention: AttentionForm = "plain"
 
     def setup(self) -> None:
         config = self.config
@@ -381,9 +354,9 @@ class GPT(nn.Module):
         self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
         self.h: Any
         if self.scan:
-            self.h = Block(config, *parts)
+            self.h = Block(config, *parts, self.attention)
         else:
-            self.h = [Block(config, *parts) for _ in range(config.n_layer)]
+            self.h = [Block(config, *parts, self.attention) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
 
     def __call__(
@@ -436,7 +409,8 @@ class GPT(nn.Module):
         if cache is None:
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
             updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
-        return logits_BTV, KVCache(layers=tuple(updates), length=first + jnp.int32(time))
+        place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
+        return logits_BTV, KVCache(layers=tuple(map(place, updates)), length=first + jnp.int32(time))
 
     def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         """All blocks, scanned or rematerialised."""

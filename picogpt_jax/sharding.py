@@ -81,7 +81,7 @@ def batch_sharding(mesh: Mesh, batch_dim: int = 0) -> NamedSharding:
 
 
 def parameter_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of parameters, or of int8 codes and scales, from the logical axes that the model gave them.
+    """Shardings of parameters from the logical axes that the model gave them.
 
     Args:
         abstract_boxed: the result of `jax.eval_shape(model.init, ...)`, linen metadata included.
@@ -94,11 +94,26 @@ def parameter_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
     """
 
     def place(path: Any, array: jax.ShapeDtypeStruct, axes: PartitionSpec) -> NamedSharding:
-        for dim, (axis, size) in enumerate(zip(axes, array.shape, strict=False)):
-            check_divides(axis, f"dimension {dim} ({axis}) of {jax.tree_util.keystr(path)}", size, mesh)
-        return NamedSharding(mesh, partition_spec(axes))
+        return placement(axes, jax.tree_util.keystr(path), array.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(place, nn.unbox(abstract_boxed), nn.get_partition_spec(abstract_boxed))
+    return jax.tree_util.tree_map_with_path(place, nn.unbox(abstract_boxed), logical_axes(abstract_boxed))
+
+
+def logical_axes(abstract_boxed: Any) -> Any:
+    """The logical axes of each parameter, as the model names them."""
+    return nn.get_partition_spec(abstract_boxed)
+
+
+def placement(axes: Iterable[str | None], name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array of these logical axes lies.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axis.
+    """
+    axes = tuple(axes)
+    for dim, (axis, size) in enumerate(zip(axes, shape, strict=False)):
+        check_divides(axis, f"dimension {dim} ({axis}) of {name}", size, mesh)
+    return NamedSharding(mesh, partition_spec(axes))
 
 
 def check_divides(axis: str | None, what: str, size: int, mesh: Mesh) -> None:
@@ -118,18 +133,17 @@ def partition_spec(axes: Iterable[str | None]) -> PartitionSpec:
 
 
 def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Within it, while a function is traced, `constrain` knows the mesh.
-
-    Nothing is set for a mesh that splits the batch alone: what the compiler derives from the batch is right then.
-    """
-    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    """Within it, while a function is traced, the mesh is known to `constrain` and to fused kernels."""
+    return contextlib.nullcontext() if mesh.size == 1 else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Places dimension i of `x` as logical axis i says; None: not split. Nothing happens outside `on`."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Places dimension i of `x` as logical axis i says; None: not split.
+
+    Nothing happens outside `on`, nor where only the batch is split: what the compiler derives is right then.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return x
     return lax.with_sharding_constraint(x, partition_spec(axes))
 

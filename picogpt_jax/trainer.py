@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt16
 
-from picogpt_jax import checkpoint, layers, sharding
+from picogpt_jax import attention, checkpoint, layers, sharding
 from picogpt_jax.config import Config
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.devices import compiler_options
@@ -44,10 +44,14 @@ class StepMetrics:
     grad_norm: Float[Array, "..."]
 
 
-def compute_dtype(name: str, platform: str) -> jnp.dtype:
-    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators.
+
+    Args:
+        platform: of the devices; None: the one at hand.
+    """
     if name == "auto":
-        name = "float32" if platform == "cpu" else "bfloat16"
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -56,28 +60,32 @@ class Trainer:
 
     def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
         self.config = config
-        devices = list(jax.devices() if devices is None else devices)
-        self.platform = devices[0].platform  # of the mesh: a plan compiles for devices that are not here
-        self.dtype = compute_dtype(config.train.dtype, self.platform)
         self.optimizer = make_optimizer(config.optimizer)
         self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
         self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
         sharding.check_divides("heads", "the attention heads (model.n_head)", config.model.n_head, self.mesh)
+        device = self.mesh.devices.flat[0]  # which may be of another machine, that is only compiled for
+        self.compiler_options = compiler_options(device.platform)
+        self.dtype = compute_dtype(config.train.dtype, device.platform)
+        self.attention = attention.choose(config.train.attention, config.model, self.dtype, device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
-        options = compiler_options(self.platform)
-        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
+        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=self.compiler_options)
 
     def model(self, mode: Mode) -> GPT:
         train = self.config.train
-        return GPT(self.config.model, self.config.quant, mode, self.dtype, train.scan_layers, train.remat)
+        parts = (self.config.model, self.config.quant, mode, self.dtype)
+        return GPT(*parts, train.scan_layers, train.remat, self.attention)
 
     def mode_at(self, step: int) -> Mode:
         quant = self.config.quant
         return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
 
+    def _init_model(self) -> GPT:
+        return self.model("float").clone(attention="plain")  # it is called with one token, too few for a kernel
+
     def _init_state(self) -> TrainState:
-        return self._first_state(layers.initial_params(self.model("float"), jax.random.key(self.config.train.seed)))
+        return self._first_state(layers.initial_params(self._init_model(), jax.random.key(self.config.train.seed)))
 
     def _first_state(self, params: Any) -> TrainState:
         params = layers.relayout(params, self.config.train.scan_layers)
@@ -93,7 +101,7 @@ class Trainer:
     def _abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
         state = jax.eval_shape(self._init_state)
-        init = self.model("float").init  # for the names of the dimensions
+        init = self._init_model().init  # for the names of the dimensions
         boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         param_shardings = sharding.parameter_shardings(boxed, self.mesh)
         everywhere = sharding.replicated(self.mesh)
@@ -113,7 +121,7 @@ class Trainer:
     def init(self, params: Any = None) -> TrainState:
         """The state before the first step, with new parameters or with `params`, such as imported ones."""
         shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
-        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=compiler_options(self.platform))
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=self.compiler_options)
         if params is None:
             return jax.jit(self._init_state, **options)()
         return jax.jit(self._first_state, **options)(params)
@@ -131,7 +139,7 @@ class Trainer:
             return state
         shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
         convert = lambda state: layers.relayout(state, self.config.train.scan_layers)  # noqa: E731
-        return jax.jit(convert, out_shardings=shardings, compiler_options=compiler_options())(state)
+        return jax.jit(convert, out_shardings=shardings, compiler_options=self.compiler_options)(state)
 
     def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.

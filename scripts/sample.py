@@ -39,6 +39,9 @@ OVERFLOW = flags.DEFINE_enum(
 )
 SHOW_STATS = flags.DEFINE_bool("show_stats", False, "Print size and speed after the text.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
+TENSOR = flags.DEFINE_integer(
+    "tensor", 1, "JAX devices that split the matrices of an int8 model and its KV cache among them.", lower_bound=1
+)
 
 CHARACTER_BYTES = 4  # at most, in UTF-8
 
@@ -105,11 +108,16 @@ def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
     from picogpt_jax.devices import set_up_jax
 
     set_up_jax(DEVICE.value)
+    from picogpt_jax.config import MeshConfig
     from picogpt_jax.generate import Generator
+    from picogpt_jax.sharding import make_mesh
 
+    if TENSOR.value > 1 and kind not in ("int8", "torch-int8"):
+        raise UserError("--tensor splits int8 models; give --model=INT8_FOLDER, or leave --tensor out")
     if kind in ("int8", "torch-int8"):
         model = sources.load_int8(MODEL.value)
-        generator, vocabulary, size = Generator.from_int8(model), model.vocabulary, describe_int8(model)
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=TENSOR.value), 1) if TENSOR.value > 1 else None
+        generator, vocabulary, size = Generator.from_int8(model, mesh), model.vocabulary, describe_int8(model)
     else:
         source = sources.load_float(MODEL.value)
         generator, vocabulary = Generator.from_params(source.config, source.params), source.vocabulary

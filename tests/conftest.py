@@ -1,4 +1,4 @@
-"""What every test shares: four CPU devices, strict JAX, and ways to the data and the scripts."""
+"""What every test shares: eight CPU devices, strict JAX, and ways to the data and the scripts."""
 
 import os
 import subprocess
@@ -10,12 +10,13 @@ import pytest
 
 THREADS = str(min(4, os.cpu_count() or 1))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # sharding is exercised on every machine, and scripts under test inherit it
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # sharding is exercised on every machine
 os.environ.setdefault("NPROC", THREADS)  # XLA's thread pool
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # PyTorch's and NumPy's
 
 import jax  # after the environment, which it reads when it is imported
 
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # of the scripts under test, which inherit it: the fewer, the faster
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_int8_model import random_model
 
+from picogpt_jax.config import MeshConfig
 from picogpt_jax.convert import FLOAT, params_from_arrays, serving_quant, serving_variables
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.errors import UserError
 from picogpt_jax.generate import TOKENS_PER_DISPATCH, Generator, Overflow, draw, gumbel_noise
 from picogpt_jax.model import GPT
+from picogpt_jax.sharding import batch_sharding, make_mesh
 from picogpt_jax.torch_model import Int8GPT
 
 BLOCK = 16
@@ -141,7 +143,7 @@ def test_a_seed_fixes_the_text_and_each_stream_has_its_own() -> None:
 
 def test_the_number_of_devices_does_not_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = jax.local_devices()
-    assert len(devices) == STREAMS, "each has a device of its own"
+    assert len(devices) >= STREAMS, "each has a device of its own"
     draw = functools.partial(generator("float").generate, prompts(STREAMS, 6), BLOCK - 6)
     text = draw()
     monkeypatch.setattr(jax, "local_devices", lambda: devices[:1])
@@ -149,6 +151,46 @@ def test_the_number_of_devices_does_not_change_the_text(monkeypatch: pytest.Monk
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 2, 2)])
+def test_a_mesh_splits_the_model_and_writes_the_same_text(sizes: tuple[int, int, int]) -> None:
+    """Codes, scales and the KV cache: each device holds its share of their bytes."""
+    data, fsdp, tensor = sizes
+    model = random_model(n_layer=2, n_head=4, n_embd=32, block_size=BLOCK, vocab_size=12)
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), STREAMS, jax.devices()[:4])
+    split = Generator.from_int8(model, mesh)
+    codes = split._variables[1]["int8"]
+    for path, divisor in {
+        ("wte", "embedding"): fsdp * tensor,
+        ("wpe", "embedding"): fsdp,
+        ("h_0", "attn", "c_attn", "kernel"): fsdp * tensor,
+        ("h_1", "mlp", "c_proj", "kernel"): fsdp * tensor,
+    }.items():
+        weight = functools.reduce(lambda tree, key: tree[key], path, codes)
+        assert {shard.data.nbytes for shard in weight.codes.addressable_shards} == {weight.codes.nbytes // divisor}
+    scale = codes["h_0"]["attn"]["c_attn"]["kernel"].scale
+    assert scale.addressable_shards[0].data.shape == (96 // tensor, 1)
+    tokens = jax.device_put(jnp.zeros((STREAMS, 8), jnp.int32), batch_sharding(mesh))
+    _, cache = split._prefill(split._variables[1], tokens, jnp.int32(8))
+    assert {array.addressable_shards[0].data.shape for array in jax.tree.leaves(cache.layers)} == {
+        (STREAMS // (data * fsdp), 4 // tensor, BLOCK, 8)
+    }
+    prompt = np.random.default_rng(0).integers(0, 12, (STREAMS, 3))
+    options: dict[str, Any] = dict(temperature=0.8, seed=3, overflow="refill")
+    one = Generator.from_int8(model).generate(prompt, BLOCK, **options)
+    np.testing.assert_array_equal(split.generate(prompt, BLOCK, **options), one)
+
+
+def test_a_mesh_that_does_not_divide_the_model_or_the_streams_says_so() -> None:
+    meshes = [make_mesh(MeshConfig(data=1, fsdp=2, tensor=t), 2, jax.devices()[: 2 * t]) for t in (1, 4)]
+    with pytest.raises(UserError, match=r"3 streams do not divide over mesh\.data \* mesh\.fsdp = 2"):
+        Generator.from_int8(MODEL, meshes[0]).generate(prompts(3, 2), 1)
+    with pytest.raises(UserError, match=r"dimension 0 \(vocab\) of wte/embedding, of size 11, does not divide over"):
+        Generator.from_int8(MODEL, meshes[1])
+    model = random_model(n_head=2, vocab_size=12)
+    with pytest.raises(UserError, match=r"attention heads .* of size 2, .* change mesh\.tensor or model\.n_head"):
+        Generator.from_int8(model, meshes[1])
 
 
 @overflows
