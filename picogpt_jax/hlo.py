@@ -46,6 +46,11 @@ class Instruction:
     attributes: str
     is_root: bool
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether this is a Pallas kernel."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
     def called(self, kind: str) -> str | None:
         """The computation named by the attribute `kind`, such as calls= or body=."""
         return next((name for found, name in _CALLED.findall(self.attributes) if found == kind), None)

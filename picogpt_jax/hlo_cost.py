@@ -10,14 +10,15 @@ import math
 import re
 from typing import Literal
 
-from picogpt_jax.hlo import Computation, Executed, HloArray, Instruction, Module, replica_groups
+from picogpt_jax.hlo import Computation, Executed, Instruction, Module, replica_groups
+from picogpt_jax.hlo_memory import memory_bytes
 
 PRODUCTS = ("dot", "convolution")
+# Products of the splash attention kernels: scores and result; scores again, their gradient and the queries'; both, and
+# the keys' and values'.
+SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 COLLECTIVES |= {"collective-broadcast"}
-# These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
-FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size", "send", "recv"}
 
 Precision = Literal["int8", "bfloat16", "float32"]
 
@@ -102,13 +103,13 @@ def cost_of(module: Module, devices: int) -> Cost:
     collectives: dict[tuple[str, str], Collective] = {}
     for item in executed:
         found = _collectives(module, item, devices)
-        collectives = found | collectives  # the first part says how it began
+        for key, collective in found.items():
+            collectives.setdefault(key, collective)  # the first part says how it began
         products = _products(module, item)
-        kernel = _kernel(item.instruction)
-        if kernel is not None:
-            products += [Product(kernel, "bfloat16")] if kernel else []
-            uncounted += [] if kernel else [f"kernel {item.instruction.name}: its FLOPs are not stated"]
-        n_bytes = 0 if found else _memory_bytes(module, item)
+        if item.instruction.is_kernel:
+            products = _kernel_products(item.instruction, item.computation)
+            uncounted += [] if products else [f"kernel {item.instruction.name}: its FLOPs are not stated"]
+        n_bytes = 0 if found else memory_bytes(module, item)
         if products or n_bytes:
             asynchronous = item.instruction.opcode.endswith("-start")
             work.append(Work(products, n_bytes, asynchronous, item.times, item.instruction))
@@ -177,12 +178,19 @@ def _window_positions(size: int, window: int, outputs: int, low: int, stride: in
     return sum(1 for start in starts if start % dilation == 0 and 0 <= start // dilation < size)
 
 
-def _kernel(instruction: Instruction) -> float | None:
-    """FLOPs that a Pallas kernel states in its cost estimate, 0 where it states none; None if this is no kernel."""
-    if instruction.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
-        return None
+def _kernel_products(instruction: Instruction, computation: Computation) -> list[Product]:
+    """What a kernel multiplies: as its cost estimate states it, or, of attention (which states none), by its shapes."""
     stated = re.search(r'\\?"flops\\?":\s*\\?"?(\d+)', instruction.attributes)
-    return float(stated[1]) if stated else 0.0
+    if stated:
+        return [Product(float(stated[1]), "bfloat16")]
+    products = next((count for name, count in SPLASH_PRODUCTS.items() if instruction.name.startswith(name)), 0)
+    if not products:
+        return []
+    shapes = [computation.by_name[name].result[0].dims for name in instruction.operands]
+    batch, heads, time, head_size = next(shape for shape in shapes if len(shape) == 4)
+    blocks = shapes[0][-1]  # of the mask, [.., n, n]: above its diagonal they are not computed
+    flops = 2.0 * batch * heads * time**2 * head_size * (blocks + 1) / (2 * blocks)
+    return [Product(flops, "bfloat16")] * products
 
 
 # --- collectives --------------------------------------------------------------------------------------------------
@@ -223,84 +231,3 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
     if pairs:
         return [[int(number) for number in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
     return replica_groups(instruction.attributes, devices)
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
-def _memory_bytes(module: Module, item: Executed) -> int:
-    """Bytes of main memory that a scheduled instruction reads and writes."""
-    instruction, computation = item.instruction, item.computation
-    opcode = instruction.opcode
-    if opcode in FREE or opcode.endswith(("-done", "-update")):
-        return 0
-    if opcode == "custom-call" and _kernel(instruction) is None:
-        return 0  # the TPU compiler's own markers, such as AllocateBuffer
-    arrays = {name: computation.by_name[name].result for name in instruction.operands}
-    if opcode.endswith(
-        "-start"
-    ):  # a copy or slice to or from on-chip memory; the result is (to, from, ...) or a wrapper
-        moved = instruction.result[: 2 if opcode == "copy-start" else None]
-        smallest = min((array.n_bytes for array in moved if array.n_bytes > 8), default=0)
-        sides = (*moved[:1], *(part for parts in arrays.values() for part in parts[:1]))
-        return smallest * sum(array.memory_space == 0 for array in sides)
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return _main(instruction.result) + _main(instruction.result)
-    if opcode == "dynamic-update-slice":
-        return 2 * _main(arrays[instruction.operands[1]])
-    if opcode == "fusion" and instruction.called("calls"):
-        inner = module.called(instruction)
-        read = 0
-        for parameter, name in zip(inner.parameters, instruction.operands, strict=True):
-            if _main(arrays[name]):
-                read += _bytes_read(module, inner, parameter)
-        return read + _bytes_written(module, inner, instruction.result)
-    return sum(map(_main, arrays.values())) + _main(instruction.result)
-
-
-def _main(arrays: tuple[HloArray, ...]) -> int:
-    return sum(array.n_bytes for array in arrays if array.memory_space == 0)
-
-
-def _bytes_read(module: Module, computation: Computation, value: Instruction) -> int:
-    """Bytes of `value` that a fusion reads: parts only, where all that use it take slices, or update one in place."""
-    whole = sum(array.n_bytes for array in value.result)
-    total = 0
-    for user in computation.users[value.name]:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
-            total += sum(array.n_bytes for array in user.result)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue
-        elif user.opcode == "bitcast":
-            total += _bytes_read(module, computation, user)
-        elif user.opcode == "fusion" and user.called("calls"):
-            inner = module.called(user)
-            places = [place for place, name in enumerate(user.operands) if name == value.name]
-            total += sum(_bytes_read(module, inner, inner.parameters[place]) for place in places)
-        else:
-            return whole
-    return min(total, whole)
-
-
-def _bytes_written(module: Module, computation: Computation, result: tuple[HloArray, ...]) -> int:
-    """Bytes that a fusion writes: of an update in place, the part that is updated."""
-    root = computation.root
-    outputs = [computation.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    if len(outputs) != len(result):
-        return _main(result)
-    return sum(
-        _written(module, computation, output)
-        for output, array in zip(outputs, result, strict=True)
-        if not array.memory_space
-    )
-
-
-def _written(module: Module, computation: Computation, output: Instruction) -> int:
-    while output.opcode == "bitcast":
-        output = computation.by_name[output.operands[0]]
-    if output.opcode == "dynamic-update-slice":
-        return sum(array.n_bytes for array in computation.by_name[output.operands[1]].result)
-    if output.opcode == "fusion" and output.called("calls") and len(output.result) == 1:
-        inner = module.called(output)
-        return _written(module, inner, inner.root)
-    return sum(array.n_bytes for array in output.result)

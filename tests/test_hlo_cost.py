@@ -192,10 +192,11 @@ def test_a_prefetch_runs_beside_other_work() -> None:
     ENTRY %main (a: f32[100]) -> f32[100] {
       %a = f32[100]{0:T(128)} parameter(0)
       %begin = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) copy-start(%a)
+      %part = ((f32[100]{0:T(128)}), f32[10]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:10]}
       ROOT %end = f32[100]{0:T(128)S(1)} copy-done(%begin)
     }
     """)
-    assert [(work.n_bytes, work.asynchronous) for work in found.work] == [(400, True)]
+    assert [(work.n_bytes, work.asynchronous) for work in found.work] == [(400, True), (40, True)]
 
 
 def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -> None:
@@ -212,3 +213,19 @@ def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -
     assert silent.flops("bfloat16") == 0
     assert silent.uncounted == ["kernel k: its FLOPs are not stated"]
     assert [work.n_bytes for work in silent.work] == [2 * 128], "its memory traffic counts; a marker's does not"
+
+
+def test_attention_kernels_count_by_their_shapes_and_skip_what_causality_hides() -> None:
+    found = cost("""
+    ENTRY %main (m: s8[1,4,4], q: bf16[2,3,512,64]) -> bf16[2,3,512,64] {
+      %m = s8[1,4,4] parameter(0)
+      %q = bf16[2,3,512,64] parameter(1)
+      %splash_mha_fwd_residuals.2 = bf16[2,3,512,64] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+      %splash_mha_dq_no_residuals.1 = bf16[2,3,512,64] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+      ROOT %splash_mha_dkv = bf16[2,3,512,64] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+    }
+    """)
+    assert found.uncounted == []
+    assert found.products("bfloat16") == 2 + 3 + 4
+    one = 2 * 2 * 3 * 512 * 512 * 64
+    assert found.flops("bfloat16") == 9 * one * 10 / 16, "10 of 4 x 4 blocks lie on or below the diagonal"
