@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/gpt2_xl.py --config.data.dir=data/openwebtext --workdir=runs/gpt2_xl
     python scripts/train.py --config=configs/gpt2_xl.py --config.data.dir=data/openwebtext --workdir=runs/gpt2_xl \
-        --config.mesh.data=-1 --config.mesh.fsdp=16
+        --config.mesh.fsdp=16 --config.train.gradient_accumulation_steps=1
 
 The learning rate and the batch of a million tokens are those of the nearest size, 1.3B, in table 2.1 of the GPT-3 paper
 (arXiv 2005.14165); GPT-2's own were never published. 25 heads divide over no power of two: keep mesh.tensor=1.
@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.train.remat = "block"
     config.optimizer.learning_rate = 2e-4
     config.optimizer.min_lr = 2e-5
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.mesh.data = -1
+    config.mesh.fsdp = 8  # up to 64: the width, 1600, divides by no higher power of two
     return config
