@@ -137,6 +137,7 @@ def save_gguf(model: Int8Model, path: str | os.PathLike[str]) -> None:
 def _check_expressible(model: Int8Model) -> None:
     if model.model.activation == "relu":
         raise UserError("model.activation='relu' cannot be a GGUF of GPT-2: llama.cpp computes GELU there")
+    model.vocabulary.require_text()
     if isinstance(model.vocabulary, TokenizerVocabulary):
         raise UserError(
             "the vocabulary is one of byte pairs, imported with its model; a GGUF is written of characters only: "

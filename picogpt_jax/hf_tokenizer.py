@@ -24,6 +24,7 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         vocabulary: its ids are the token ids.
         block_size: the longest text that the model takes; transformers warns of a longer one.
     """
+    vocabulary.require_text()
     if isinstance(vocabulary, TokenizerVocabulary):
         tokenizer = json.loads(vocabulary.definition)
     else:

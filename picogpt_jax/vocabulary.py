@@ -105,6 +105,9 @@ class Vocabulary:
         """What to continue where nothing is asked for: a line break, or the first character where there is none."""
         return "\n" if "\n" in self.itos else self.itos[0]
 
+    def require_text(self) -> None:
+        """Raises a UserError where the ids stand for no text."""
+
     def fits(self, other: "Vocabulary") -> bool:
         """Whether the ids mean the same in both, as far as they tell: `TokenIds` agree with any of their number."""
         if isinstance(self, TokenIds) or isinstance(other, TokenIds):
@@ -224,21 +227,21 @@ class TokenIds(Vocabulary):
             raise UserError(f"{source}: a vocabulary of {size!r} ids; 1 to {MAX_SIZE} fit in uint16 ids")
         return cls(("",) * size)
 
-    def _refuse(self) -> NoReturn:
+    def require_text(self) -> NoReturn:
         raise UserError(
             "the model was trained on token ids alone, without a tokenizer; put the tokenizer.json of its data into "
             "the workdir (and into data.dir, for what is trained from now on)"
         )
 
     def encode(self, text: str, source: str = "the text") -> npt.NDArray[np.uint16]:
-        self._refuse()
+        self.require_text()
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        self._refuse()
+        self.require_text()
 
     @property
     def default_prompt(self) -> str:
-        self._refuse()
+        self.require_text()
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "ids", "vocab_size": self.size}

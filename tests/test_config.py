@@ -125,6 +125,9 @@ def test_an_unknown_or_missing_key_or_section_is_named() -> None:
         ("train__eval_iters", 0, r"train\.eval_iters=0 is not between 1"),
         ("train__log_interval", -10, r"train\.log_interval=-10 is not between 1"),
         ("train__dtype", "int8", r"train\.dtype='int8' is not one of 'float32', 'bfloat16', 'float16', 'auto'"),
+        ("train__scan_layers", 1, r"train\.scan_layers=1 is a int; expected bool"),
+        ("train__remat", "all", r"train\.remat='all' is not one of 'none', 'block', 'dots'"),
+        ("train__attention", "fast", r"train\.attention='fast' is not one of 'auto', 'plain', 'cudnn', 'splash'"),
         ("optimizer__learning_rate", math.nan, r"optimizer\.learning_rate=nan is not a finite number >= 0"),
         ("optimizer__learning_rate", math.inf, r"optimizer\.learning_rate=inf is not a finite number >= 0"),
         ("optimizer__learning_rate", 10**400, r"optimizer\.learning_rate=10{19}\.\.\. is too large for a float"),
@@ -166,6 +169,15 @@ def test_one_section_can_be_built_alone() -> None:
     assert model.n_hidden == 384
     with pytest.raises(UserError, match=r"model lacks the keys"):
         section_from_dict(ModelConfig, "model", {})
+
+
+@pytest.mark.parametrize(("name", "n_parameters"), [("gpt2", 124_475_904), ("gpt2_xl", 1_557_686_400)])
+def test_gpt2_is_of_its_size_and_its_batch_divides(name: str, n_parameters: int) -> None:
+    """The published sizes, and 47 more rows of vocabulary."""
+    config = Config.from_dict(sections(name))
+    assert config.model.n_parameters == n_parameters
+    assert config.train.batch_size % 256 == 0
+    assert config.train.batch_size // config.train.gradient_accumulation_steps % 8 == 0
 
 
 def test_base_declares_every_key_once() -> None:

@@ -121,11 +121,18 @@ def test_the_initial_parameters_do_not_depend_on_the_mesh() -> None:
     [
         (
             dict(model__vocab_size=11, mesh__tensor=2),
-            r"dimension 0 of .*wte.*embedding.*, of size 11, does not divide over mesh\.tensor=2; change",
+            r"dimension 0 \(vocab\) of .*wte.*embedding.*, of size 11, does not divide over mesh\.tensor=2; change "
+            r"mesh\.tensor or model\.vocab_size",
         ),
         (
             dict(model__n_embd=18, mesh__fsdp=4),
-            r"dimension \d of .*, of size 18, does not divide over mesh\.fsdp=4; change",
+            r"dimension \d \(embed\) of .*, of size 18, does not divide over mesh\.fsdp=4; change mesh\.fsdp or "
+            r"model\.n_embd",
+        ),
+        (
+            dict(model__n_head=2, mesh__tensor=4),
+            r"the attention heads \(model\.n_head\), of size 2, does not divide over mesh\.tensor=4; change "
+            r"mesh\.tensor or model\.n_head",
         ),
     ],
 )

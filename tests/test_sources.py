@@ -17,14 +17,17 @@ from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.convert import float_arrays
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
+from picogpt_jax.hf_tokenizer import tokenizer_files
 from picogpt_jax.int8_model import save_int8_model
 from picogpt_jax.onnx_export import save_onnx
 from picogpt_jax.sources import load_float, load_int8, load_numpy, load_onnx, recognise
 from picogpt_jax.torch_checkpoint import save_float_checkpoint
 from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.trainer import Trainer
+from picogpt_jax.vocabulary import TokenIds
 
 INT8 = random_model()
+TEXT_VOCABULARY = VOCABULARY
 
 
 def write_run(workdir: Path, losses: dict[int, float | None], **changes: Any) -> dict[int, Any]:
@@ -126,6 +129,14 @@ def test_the_best_checkpoint_of_a_workdir_is_loaded(tmp_path: Path) -> None:
     assert source.config == source.run.model
     jax.tree.map(np.testing.assert_array_equal, source.params, written[8])
     assert len(next(iter(jax.tree.leaves(source.params))).sharding.device_set) == 1
+
+
+def test_a_tokenizer_beside_a_run_on_token_ids_gives_it_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", TokenIds.of_size(VOCABULARY.size, "a test"))
+    write_run(tmp_path / "run", {4: 1.5})
+    assert load_float(tmp_path / "run").vocabulary == TokenIds.of_size(12, "a test")
+    write_json(tmp_path / "run" / "tokenizer.json", tokenizer_files(TEXT_VOCABULARY, 8)["tokenizer.json"])
+    assert load_float(tmp_path / "run").vocabulary == TEXT_VOCABULARY
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import functools
 import os
 import pickle
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.hf_tokenizer import tokenizer_files
 from picogpt_jax.vocabulary import MAX_PICKLE_BYTES, Vocabulary
 
 NANOGPT_META = {"vocab_size": 3, "itos": {0: "\n", 1: "a", 2: "é"}, "stoi": {"\n": 0, "a": 1, "é": 2}}
@@ -112,7 +114,8 @@ def test_token_files_alone_have_ids_and_no_text(tmp_path: Path) -> None:
     ids = Vocabulary.from_data_dir(tmp_path, 50304)
     assert (ids.size, ids.n_characters(np.arange(7))) == (50304, 7)
     assert Vocabulary.from_json(ids.to_json(), "vocab.json") == ids
-    for use in (lambda: ids.encode("a"), lambda: ids.decode([1]), lambda: ids.default_prompt):
+    export = functools.partial(tokenizer_files, ids, 8)
+    for use in (lambda: ids.encode("a"), lambda: ids.decode([1]), lambda: ids.default_prompt, export):
         with pytest.raises(UserError, match=r"trained on token ids alone.* put the tokenizer.json .* into the workdir"):
             use()
     with pytest.raises(UserError, match=r"model.vocab_size=65537: .* 1 to 65536 fit in uint16"):
