@@ -54,7 +54,7 @@ def _outcome(plan: dict[str, Any]) -> str:
         return str(plan["error"])
     if "mfu" not in plan:
         return "does not fit"
-    return f"{plan['step_time_ms']:.0f} ms, MFU {plan['mfu']:.1%}, compiled in {plan['compile_seconds']:.0f} s"
+    return f"{plan['step_time_ms']:.1f} ms, MFU {plan['mfu']:.1%}, compiled in {plan['compile_seconds']:.0f} s"
 
 
 def weak_scaling(

@@ -1,8 +1,15 @@
 import re
+import types
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import tiny_config
 
 from picogpt_jax.chips import CHIPS, chip_of, model_flops_utilization
+from picogpt_jax.train import TrainLog
+from picogpt_jax.trainer import StepMetrics
 
 
 @pytest.mark.parametrize(
@@ -47,3 +54,19 @@ def test_mfu_is_relative_to_the_bfloat16_peak_of_all_devices() -> None:
     assert model_flops_utilization(989e12, "NVIDIA H200", 4) == pytest.approx(0.25)
     assert model_flops_utilization(2307e12, "TPU7x", 2) == pytest.approx(1.0), "two devices are one chip"
     assert model_flops_utilization(1e12, "cpu", 1) is None
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("NVIDIA H200", 989e12), ("cpu", None)])
+def test_training_logs_the_mfu_of_devices_in_the_table(kind: str, peak: float | None) -> None:
+    written: list[dict[str, float]] = []
+    writer: Any = types.SimpleNamespace(write=lambda step, split, values: written.append(values))
+    progress: Any = types.SimpleNamespace(update=lambda *_: None)
+    mesh: Any = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)] * 2), size=2)
+    config = tiny_config()
+    TrainLog(config, writer, progress, mesh).enqueue(0, 2, StepMetrics(jnp.ones(2), jnp.ones(2)), flush=True)
+    (values,) = written
+    if peak is None:
+        assert "mfu" not in values
+    else:
+        flops = values["tokens_per_second"] * config.model.flops_per_token
+        assert values["mfu"] == pytest.approx(flops / (2 * peak))
