@@ -7,7 +7,7 @@ beside them, where there is one, lets the model read and write text. Eight GPUs 
     python scripts/train.py --config=configs/gpt2.py --config.data.dir=data/openwebtext --workdir=runs/gpt2 \
         --config.train.gradient_accumulation_steps=1
 
-No step of this size was run: it was compiled only. The same code ran at a small width, on eight CPU devices (tests).
+No step of this size was run; the same code ran at a small width, on eight CPU devices (tests/test_mesh.py).
 """
 
 from ml_collections import ConfigDict

@@ -36,7 +36,8 @@ def compile_quickly() -> Iterator[None]:
         yield
 
 
-def trainer(shape: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Trainer:
+@functools.cache
+def trainer(shape: tuple[int, int, int], **changes: Any) -> Trainer:
     changes = {f"model__{key}": value for key, value in MODEL.items()} | changes
     changes |= {f"mesh__{axis}": size for axis, size in zip(AXES, shape, strict=True)}
     changes = dict(train__scan_layers=True, optimizer__learning_rate=1e-3, optimizer__min_lr=1e-4) | changes

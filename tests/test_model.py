@@ -16,6 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny import VOCABULARY, quick_compilation, tiny_config
 
 from configs.base import get_config
+from picogpt_jax import attention
 from picogpt_jax import model as model_module
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.convert import int8_model, serving_variables
@@ -187,6 +188,7 @@ def test_no_two_places_share_a_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> 
     params = abstract_params(config)
     model = GPT(config.model, config.quant, "float")
     monkeypatch.setattr(model_module, "dropout", dropout)
+    monkeypatch.setattr(attention, "dropout", dropout)
     jax.eval_shape(lambda params: model.apply({"params": params}, TOKENS, given), params)
     per_layer = ["attn/weights", "attn/residual", "mlp/residual"]
     assert sites == ["embeddings", *[f"h_{layer}/{name}" for layer in range(2) for name in per_layer]]
