@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from picogpt_jax.benchmark_report import Comparison, Figures, Timing, Work, make_report, take_turns
+from picogpt_jax.chips import model_flops_utilization
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens
 from picogpt_jax.devices import compiler_options
@@ -32,16 +32,6 @@ MATMULS = 20  # of one turn
 TEMPERATURE = 0.8
 STREAMS = 32
 
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets: JAX's device_kind as a pattern -> peak.
-PEAK_FLOPS = {
-    r"NVIDIA A100.*": 312e12,
-    r"NVIDIA (H100 80GB HBM3|H200)": 989e12,
-    r"NVIDIA B200": 2250e12,
-    r"TPU v4": 275e12,
-    r"TPU v5( lite|e)": 197e12,
-    r"TPU v5p?": 459e12,
-    r"TPU v6( lite|e)": 918e12,
-}
 TRAIN_COMPARISONS = (
     Comparison("PyTorch QAT", "JAX QAT", ">= 3.0", ">= 4.0"),
     Comparison("PyTorch float", "JAX QAT", ">= 2.3", ">= 3.0"),
@@ -107,13 +97,14 @@ def _training_figures(config: Config, timing: Timing) -> Figures:
 
 def _add_shares(figures: dict[str, Figures], names: list[str], devices: int) -> None:
     """Adds how close the training steps come to the matmul of their library or, JAX's, to the peak of their devices."""
-    peak = peak_flops(jax.devices()[0].device_kind)
+    kind = jax.devices()[0].device_kind
     for name in names:
         library, flops = name.split()[0], figures[name]["flops_per_second"]
         if f"{library} float32 matmul" in figures:
             figures[name]["share_of_float32_matmul"] = flops / figures[f"{library} float32 matmul"]["flops_per_second"]
-        if peak is not None and library == "JAX":
-            figures[name]["mfu"] = flops / (peak * devices)
+        mfu = model_flops_utilization(flops, kind, devices)
+        if mfu is not None and library == "JAX":
+            figures[name]["mfu"] = mfu
 
 
 class JaxTraining:
@@ -239,8 +230,3 @@ def _torch_baseline() -> tuple[ModuleType, str]:
     except ImportError as error:
         raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
     return torch_baseline, torch_baseline.device_like(jax.default_backend())
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device, or None for one that is not in the table."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if re.fullmatch(kind, device_kind)), None)

@@ -34,6 +34,7 @@ CONSOLE = {
     "tokens_per_second": ("tokens/s", ",.0f"),
     "learning_rate": ("lr", ".2e"),
     "grad_norm": ("grad norm", ".3f"),
+    "mfu": ("MFU", ".1%"),
 }
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from picogpt_jax import checkpoint, distributed
+from picogpt_jax.chips import model_flops_utilization
 from picogpt_jax.config import Config
 from picogpt_jax.data import Split, Tokens
 from picogpt_jax.errors import UserError
@@ -137,7 +139,7 @@ def _train(
             MetricsWriter(workdir, config.log, config.to_dict(), resume_step, enabled=distributed.is_first()) as writer,
             ProgressBar(config.train.max_iters, first, enabled=distributed.is_first()) as progress,
         ):
-            log = TrainLog(config, writer, progress)
+            log = TrainLog(config, writer, progress, trainer.mesh)
             signals = distributed.Largest()  # one process's signal stops all of them after the same step
             step = first
             for start, step in dispatches(config, first):
@@ -187,8 +189,8 @@ def _disk_errors(workdir: Path, checkpoints: checkpoint.Checkpoints) -> Iterator
 class TrainLog:
     """Turns metrics into log lines, at most one dispatch late, so that the device never waits for the host."""
 
-    def __init__(self, config: Config, writer: MetricsWriter, progress: ProgressBar) -> None:
-        self.config, self.writer, self.progress = config, writer, progress
+    def __init__(self, config: Config, writer: MetricsWriter, progress: ProgressBar, mesh: Mesh) -> None:
+        self.config, self.writer, self.progress, self.mesh = config, writer, progress, mesh
         self.schedule = learning_rate_schedule(config.optimizer)
         self.failed_step: int | None = None
         self._pending: list[tuple[int, int, StepMetrics]] = []
@@ -239,6 +241,9 @@ class TrainLog:
             "learning_rate": float(self.schedule(stop - 1)),
             "grad_norm": float(np.asarray(metrics.grad_norm)[-1]),
         }
+        flops_per_second = tokens_per_second * self.config.model.flops_per_token
+        mfu = model_flops_utilization(flops_per_second, self.mesh.devices.flat[0].device_kind, self.mesh.size)
+        values |= {} if mfu is None else {"mfu": mfu}
         self.writer.write(stop, "train", values)
         self.progress.update(stop, values["loss"], tokens_per_second)
         self._losses, self._seconds = [], []

@@ -46,26 +46,8 @@ def test_a_ratio_leaves_the_first_turn_out() -> None:
     assert (result["target"], result["goal"]) == (">= 3.0", ">= 4.0")
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", None),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_peak_of_a_device(kind: str, peak: float | None) -> None:
-    assert benchmark.peak_flops(kind) == peak
-
-
 def test_a_known_peak_gives_an_mfu_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "peak_flops", lambda kind: 1000.0)
+    monkeypatch.setattr(benchmark, "model_flops_utilization", lambda flops, kind, devices: flops / (1000.0 * devices))
     figures = {"JAX QAT": {"flops_per_second": 600.0}, "PyTorch QAT": {"flops_per_second": 600.0}}
     benchmark._add_shares(figures, list(figures), devices=2)
     assert figures == {"JAX QAT": {"flops_per_second": 600.0, "mfu": 0.3}, "PyTorch QAT": {"flops_per_second": 600.0}}

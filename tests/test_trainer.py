@@ -138,8 +138,9 @@ def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> 
 
 
 def test_the_compute_type_is_chosen_by_name() -> None:
-    assert compute_dtype("bfloat16") == jnp.bfloat16
-    assert compute_dtype("auto") == jnp.float32, "on CPU"
+    assert compute_dtype("bfloat16", "cpu") == jnp.bfloat16
+    assert compute_dtype("auto", "cpu") == jnp.float32
+    assert compute_dtype("auto", "tpu") == jnp.bfloat16
 
 
 def test_quantization_starts_at_its_step() -> None:

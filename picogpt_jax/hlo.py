@@ -1,0 +1,294 @@
+"""Reads the text of a compiled program (XLA's optimized HLO): its computations, and how often each instruction runs.
+
+A loop's body is printed once. XLA's own cost analysis counts it once, too; here every instruction is counted as often
+as the loops around it run.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+BITS |= {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HloArray:
+    """One array of an instruction's result; `memory_space` 0 is the device's main memory, others lie on the chip."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    memory_space: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0)  # tokens and opaque values have none
+        return (math.prod(self.dims) * bits + 7) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`%name = result opcode(%operands), attributes`; `arguments` is the text between the parentheses."""
+
+    name: str
+    result: tuple[HloArray, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether this is a Pallas kernel."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    def called(self, kind: str) -> str | None:
+        """The computation named by the attribute `kind`, such as calls= or body=."""
+        return next((name for found, name in _CALLED.findall(self.attributes) if found == kind), None)
+
+    def attribute(self, name: str) -> str | None:
+        """The value of `name=value`, up to a comma or space; in braces, all of it."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return found and found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {instruction.name: instruction for instruction in self.instructions}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        found: dict[str, list[Instruction]] = {name: [] for name in self.by_name}
+        for instruction in self.instructions:
+            for operand in dict.fromkeys(instruction.operands):
+                found.setdefault(operand, []).append(instruction)
+        return found
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        numbered = [item for item in self.instructions if item.opcode == "parameter"]
+        return sorted(numbered, key=lambda item: int(item.arguments))
+
+    @property
+    def root(self) -> Instruction:
+        return next(item for item in reversed(self.instructions) if item.is_root or item is self.instructions[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An instruction that the schedule runs `times` times in a step, and the computation it stands in."""
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: dict[str, Computation]
+    entry: Computation
+
+    def executed(self) -> tuple[list[Executed], list[str]]:
+        """What runs, loops unfolded into counts; and the loops whose count could not be read, taken to run once."""
+        unknown: list[str] = []
+        return list(self._walk(self.entry, 1, unknown)), unknown
+
+    def _walk(self, computation: Computation, times: int, unknown: list[str]) -> Iterator[Executed]:
+        for instruction in computation.instructions:
+            if instruction.opcode == "while":
+                count = self.trip_count(instruction, computation)
+                if count is None:
+                    unknown.append(instruction.name)
+                yield from self._walk(
+                    self.called(instruction, "body"), times * (1 if count is None else count), unknown
+                )
+            elif instruction.opcode == "call":
+                yield from self._walk(self.called(instruction, "to_apply"), times, unknown)
+            elif instruction.opcode == "conditional":
+                for name in self._branches(instruction):  # which one is taken is not known: all of them count
+                    yield from self._walk(self.computations[name], times, unknown)
+            else:
+                yield Executed(instruction, computation, times)
+
+    def called(self, instruction: Instruction, kind: str = "calls") -> Computation:
+        name = instruction.called(kind)
+        assert name is not None, f"{instruction.name} names no {kind}="
+        return self.computations[name]
+
+    def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """The instructions fused or wrapped into this one, at every depth, each with its computation."""
+        if instruction.opcode in ("fusion", "async-start") and instruction.called("calls"):
+            computation = self.called(instruction)
+            for inner in computation.instructions:
+                yield inner, computation
+                yield from self.inside(inner)
+
+    @staticmethod
+    def _branches(instruction: Instruction) -> list[str]:
+        names = [name for kind, name in _CALLED.findall(instruction.attributes) if kind.endswith("_computation")]
+        found = _BRANCHES.search(instruction.attributes)
+        return names + (re.findall(r"%([\w.\-]+)", found[1]) if found else [])
+
+    def trip_count(self, loop: Instruction, around: Computation) -> int | None:
+        """How often the body of a counted loop runs: as the compiler notes it, else from `counter < bound` by ones."""
+        noted = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', loop.attributes)
+        if noted:
+            return int(noted[1])
+        condition = self.called(loop, "condition")
+        compare = condition.root
+        scope = condition
+        operands = [condition.by_name.get(name) for name in compare.operands]
+        if compare.opcode == "fusion":  # the comparison may have been fused with the look-up of its operands
+            inner = self.called(compare)
+            outside = dict(zip([item.name for item in inner.parameters], operands, strict=True))
+            compare = inner.root
+            operands = [outside.get(name, inner.by_name.get(name)) for name in compare.operands]
+        if compare.opcode != "compare" or compare.attribute("direction") != "LT" or len(operands) != 2:
+            return None
+        start, bound = (self._initial(item, scope, loop, around) for item in operands)
+        return None if start is None or bound is None else max(bound - start, 0)
+
+    @staticmethod
+    def _initial(
+        value: Instruction | None, condition: Computation, loop: Instruction, around: Computation
+    ) -> int | None:
+        """The integer that a value of a loop's condition has before the first turn."""
+        if value is not None and value.opcode == "get-tuple-element":
+            state = around.by_name.get(loop.operands[0])
+            index = int(value.attribute("index") or 0)
+            if state is None or state.opcode != "tuple" or condition.by_name.get(value.operands[0]) is None:
+                return None
+            value = around.by_name.get(state.operands[index])
+            while value is not None and value.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+                value = around.by_name.get(value.operands[0])
+        if value is None or value.opcode != "constant" or not re.fullmatch(r"-?\d+", value.arguments):
+            return None
+        return int(value.arguments)
+
+
+def parse_module(text: str) -> Module:
+    """Parses `compiled.as_text()`.
+
+    Raises:
+        ValueError: it has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry: str | None = None
+    name, lines = "", list[str]()
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            name, lines = header[2], []
+            entry = name if header[1] else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(name, tuple(filter(None, map(_parse_instruction, lines))))
+        else:
+            lines.append(line)
+    if entry is None:
+        raise ValueError("the text has no ENTRY computation: it is not a compiled HLO module")
+    return Module(computations, computations[entry])
+
+
+def _parse_instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s*(ROOT )?%([\w.\-]+) = ", line)
+    if not found:
+        return None
+    rest = line[found.end() :]
+    result, rest = _until(rest, " ") if not rest.startswith("(") else _parentheses(rest)
+    opcode, _, rest = rest.strip().partition("(")
+    arguments, attributes = _parentheses("(" + rest)
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return Instruction(found[2], parse_arrays(result), opcode, operands, arguments[1:-1], attributes, bool(found[1]))
+
+
+def parse_arrays(text: str) -> tuple[HloArray, ...]:
+    """The arrays of a result type such as `(f32[2,3]{1,0:T(8,128)S(1)}, s8[4])`, nested tuples flattened."""
+    arrays = []
+    for dtype, dims, layout in _ARRAY.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
+        arrays.append(HloArray(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(arrays)
+
+
+def _until(text: str, end: str) -> tuple[str, str]:
+    head, _, tail = text.partition(end)
+    return head, tail
+
+
+def _parentheses(text: str) -> tuple[str, str]:
+    """Splits after the parenthesis that closes the first one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[: position + 1], text[position + 1 :]
+    return text, ""
+
+
+def replica_groups(attributes: str, devices: int) -> list[list[int]]:
+    """The groups of devices that a collective works in, in any of HLO's three notations.
+
+    `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, an iota reshaped, transposed and reshaped again; and a mesh with the axes
+    that a group spans, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`. Without groups all devices are one.
+    """
+    listed = re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", attributes)
+    if listed:
+        return [
+            [int(number) for number in re.findall(r"\d+", group)] for group in re.findall(r"\{([\d,\s]*)\}", listed[1])
+        ]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    if iota:
+        return _iota(iota[2]).reshape(_numbers(iota[1])).tolist()
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}", attributes
+    )
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        order = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
+        return _axis_groups(order.reshape(-1), sizes, mesh[3])
+    return [list(range(devices))]
+
+
+def _axis_groups(order: np.ndarray, sizes: dict[str, int], axes: str) -> list[list[int]]:
+    """Groups along `axes`, such as `'a','b':(2)4`: axis b is split into three parts, the middle one of size 4."""
+    shape: list[int] = []
+    spanned: list[int] = []
+    parts = {name: (pre, size) for name, pre, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}
+    for name, size in sizes.items():
+        if name in parts and parts[name][1]:
+            before, part = (int(number) for number in parts[name])
+            spanned.append(len(shape) + 1)
+            shape += [before, part, size // (before * part)]
+        else:
+            spanned += [len(shape)] if name in parts else []
+            shape.append(size)
+    others = [dim for dim in range(len(shape)) if dim not in spanned]
+    return (
+        order.reshape(shape).transpose(*others, *spanned).reshape(-1, math.prod(shape[dim] for dim in spanned)).tolist()
+    )
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0, 1, 2, ... as an array of that shape, transposed."""
+    shape, _, permutation = text.partition("T")
+    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(permutation)) if permutation else numbers
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]

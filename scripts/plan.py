@@ -1,0 +1,96 @@
+"""Says what a training run on TPUs will need, before they are rented: memory, FLOPs, collectives, a time at best.
+
+Compiles the real training step for a slice that is not here; needs `pip install 'picogpt_jax[tpu]'`, no TPU:
+`python scripts/plan.py --config=configs/gpt2_xl.py --topology=v5e:16x16 [--config.mesh.fsdp=16] [--json=FILE]`.
+--compare ranks meshes, batch sizes, int8 and bfloat16; --weak_scaling takes the same work a chip to larger slices.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from picogpt_jax import cli
+from picogpt_jax.config import Config, MeshConfig
+from picogpt_jax.devices import set_up_jax
+from picogpt_jax.errors import UserError
+from picogpt_jax.files import write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/ import configs.base
+VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration; see configs/.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
+JSON = flags.DEFINE_string("json", None, "File for the plan, or the list of plans.")
+COMPARE = flags.DEFINE_bool("compare", False, "Rank meshes and batch sizes, int8 beside bfloat16.")
+MESHES = flags.DEFINE_list(
+    "meshes", None, "data x fsdp x tensor, such as 256x1x1,16x16x1: those to compare, or one a slice."
+)
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "--compare: default: the configuration's, and twice that.")
+WEAK_SCALING = flags.DEFINE_list(
+    "weak_scaling", None, "Slices of growing size, such as v5e:2x2,v5e:16x16; train.batch_size is that of the first."
+)
+PNG = flags.DEFINE_string("png", None, "--weak_scaling: file for a picture.")
+QUICK = flags.DEFINE_bool(
+    "quick", None, "Let the compiler optimize less: several times as fast, a little off. Default: with --compare."
+)
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise UserError("--config is needed, e.g. --config=configs/gpt2_xl.py --topology=v5e:16x16")
+    set_up_jax("cpu", cpu_devices=1)
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled cannot run here
+    sections = cli.config_sections(CONFIG)
+    if sections["model"]["vocab_size"] is None:
+        sections["model"]["vocab_size"] = VOCAB_SIZE
+    report = plan(Config.from_dict(sections))
+    if JSON.value is not None:
+        write_json(JSON.value, report)
+
+
+def plan(config: Config) -> Any:
+    from picogpt_jax import plan_report  # after set_up_jax
+    from picogpt_jax.plan import make_plan, topology_devices
+    from picogpt_jax.plan_sweep import compare, mesh_shapes, weak_scaling
+
+    meshes = [_mesh(text) for text in MESHES.value or ()]
+    if COMPARE.value:
+        meshes = meshes or mesh_shapes(len(topology_devices(TOPOLOGY.value)))
+        batch_size = config.train.batch_size
+        batch_sizes = [_number(text) for text in BATCH_SIZES.value or (batch_size, 2 * batch_size)]
+        plans = compare(config, TOPOLOGY.value, meshes, batch_sizes, QUICK.value is not False)
+        print(plan_report.format_comparison(plans))
+        return plans
+    if WEAK_SCALING.value:
+        plans = weak_scaling(config, WEAK_SCALING.value, meshes, bool(QUICK.value))
+        print(plan_report.format_scaling(plans))
+        if PNG.value is not None:
+            label = f"{plans[0]['chip']}, " + ("int8 QAT" if config.quant.mode == "int8" else "bfloat16")
+            plan_report.plot_scaling({label: plans}, PNG.value, "Weak scaling by the plan")
+        return plans
+    result = make_plan(config, TOPOLOGY.value, bool(QUICK.value))
+    print(plan_report.format_plan(result))
+    return result
+
+
+def _mesh(text: str) -> MeshConfig:
+    sizes = [_number(size) for size in text.split("x")]
+    if len(sizes) != 3:
+        raise UserError(f"--meshes={text} has {len(sizes)} sizes; give data x fsdp x tensor, such as 16x16x1")
+    return MeshConfig(**dict(zip([field.name for field in dataclasses.fields(MeshConfig)], sizes, strict=True)))
+
+
+def _number(text: str | int) -> int:
+    if not str(text).isdigit() or int(text) < 1:
+        raise UserError(f"{text!r} in --meshes or --batch_sizes is not a positive number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
