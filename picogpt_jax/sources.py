@@ -242,7 +242,7 @@ def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.Pat
         run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
     vocabulary = loaded.vocabulary
     if vocabulary is None and data_dir is not None:
-        vocabulary = Vocabulary.from_data_dir(data_dir, loaded.model.vocab_size)
+        vocabulary = Vocabulary.from_data_dir(data_dir, loaded.model.vocab_size, token_ids=False)
     if vocabulary is None:
         raise UserError(
             f"{path} holds no vocabulary; make a workdir of it with scripts/convert.py --to=checkpoint --data=DIR, the "
@@ -268,7 +268,7 @@ def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[
     if has_tokenizer or data_dir is None:
         vocabulary = read_tokenizer(path, config.vocab_size)
     else:
-        vocabulary = Vocabulary.from_data_dir(data_dir, config.vocab_size)
+        vocabulary = Vocabulary.from_data_dir(data_dir, config.vocab_size, token_ids=False)
     params = params_from_arrays(config, tensors)
     return FloatModel(
         config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False

@@ -167,12 +167,15 @@ class Vocabulary:
         return cls.from_json(read_json(path), str(path))
 
     @classmethod
-    def from_data_dir(cls, data_dir: str | os.PathLike[str], size: int | None = None) -> "Vocabulary":
+    def from_data_dir(
+        cls, data_dir: str | os.PathLike[str], size: int | None = None, token_ids: bool = True
+    ) -> "Vocabulary":
         """Reads the vocabulary of a prepared data set: `meta.json`, nanoGPT's `meta.pkl`, or `tokenizer.json`.
 
         Args:
             size: of the model's table; where it is given, a folder of token files alone (nanoGPT's GPT-2 data) has
                 that many token ids, and no text.
+            token_ids: whether that will do; False where the folder is to tell the text.
 
         Raises:
             UserError: none of these is there, or it is not a vocabulary.
@@ -186,9 +189,10 @@ class Vocabulary:
 
         if (data_dir / TOKENIZER_FILE).exists():
             return read_tokenizer(data_dir, size)
-        if (data_dir / "train.bin").is_file() and size is not None:
+        only_tokens = token_ids and (data_dir / "train.bin").is_file()
+        if only_tokens and size is not None:
             return TokenIds.of_size(size, f"{data_dir} with model.vocab_size={size}")
-        if (data_dir / "train.bin").is_file():
+        if only_tokens:
             raise UserError(
                 f"{data_dir} has token files but no vocabulary (meta.json or nanoGPT's meta.pkl); put the "
                 "tokenizer.json of a byte-pair encoding there, or give --config.model.vocab_size"
