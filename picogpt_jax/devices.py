@@ -1,5 +1,6 @@
 """JAX set-up of a program: which platform, how many CPU devices, the compilation cache, XLA's options."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,8 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     Raises:
         UserError: JAX finds no such device.
     """
+    if device == "auto" and _only_cpu():
+        device = "cpu"
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}[device])
     if cpu_devices is None and "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -45,6 +48,14 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={device}: JAX finds none ({reason}); use --device=cpu or --device=auto") from None
+
+
+def _only_cpu() -> bool:
+    """Whether libtpu is installed for its compiler alone: asked for devices, it would complain at length."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return False
+    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("*"))
+    return not has_tpu and importlib.util.find_spec("jax_plugins") is None
 
 
 def cores() -> int:

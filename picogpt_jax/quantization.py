@@ -164,7 +164,7 @@ def _forward_dot(
 
 @functools.cache  # the same object for the same type: AQT compares its static fields by identity
 def _backward_dot(compute_dtype: jnp.dtype) -> Callable[..., Array]:
-    """Float gradients: operands in the compute type (int8 codes are exact in bfloat16), the sum in float32."""
+    """Float gradients in the compute type (in which int8 codes are exact), as those of the float layer."""
 
     def dot(
         lhs: Array, rhs: Array, dimension_numbers: Any, preferred_element_type: Any = None, precision: Any = None
@@ -175,7 +175,7 @@ def _backward_dot(compute_dtype: jnp.dtype) -> Callable[..., Array]:
             rhs.astype(compute_dtype),
             dimension_numbers,
             precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+            preferred_element_type=compute_dtype,
+        ).astype(jnp.float32)
 
     return dot

@@ -10,4 +10,5 @@ python=.venv/bin/python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-"$python" -m pytest "$@"
+# A file is one worker's: its tests share what they compile.
+"$python" -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"

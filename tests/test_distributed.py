@@ -372,7 +372,7 @@ def test_alone_nothing_is_exchanged() -> None:
 
 def test_a_mesh_must_use_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UserError, match=r"mesh \{'data': 1, .*\} has no device of processes \[1, 2\]: it takes 1 of 4"):
+    with pytest.raises(UserError, match=r"mesh \{'data': 1, .*\} has no device of processes \[1, 2\]: it takes 1 of 8"):
         check_mesh(make_mesh(tiny_config().mesh, 8))
 
 
