@@ -8,6 +8,7 @@ of several processes all of them call everything here, and each writes and reads
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import shutil
@@ -32,6 +33,14 @@ FOLDER = "checkpoints"
 # In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
 IMPORTED = "imported"
 _POLICIES = preservation_policy
+
+
+# What fails in the machine, and says nothing about the files.
+_PASSING = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT)
+
+
+class UnreadableError(UserError):
+    """A checkpoint could not be read now: no reason to go back to an earlier one, and none to remove it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +218,7 @@ class Checkpoints:
                 with self._reader() as reader:
                     state = reader.restore(step, args=items)["state"]
             except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
+                _check_passing(error, where)
                 raise UserError(f"checkpoint {where} is damaged or does not fit: {_shortened(error)}") from error
         if arrays is not None:
             integrity.check_unchanged(arrays, state, where)
@@ -232,20 +242,22 @@ class Checkpoints:
                 sealed = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             return integrity.unseal(sealed)
         except Exception as error:  # as in `restore`
+            _check_passing(error, self.folder / str(step))
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {_shortened(error)}") from error
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is reported and removed. None where there is none.
 
         Raises:
-            UserError: there are checkpoints and none can be read, or the newest is intact and holds another tree.
+            UserError: there are checkpoints and none can be read, the newest is intact and holds another tree, or it
+                could not be read for a reason that may pass.
         """
         steps = self.steps
         errors = []
         for step in reversed(steps):
             try:
                 restored = self.restore(abstract_state, step)
-            except integrity.MisfitError:
+            except (integrity.MisfitError, UnreadableError):
                 raise
             except UserError as error:
                 errors.append(str(error))
@@ -261,6 +273,11 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: config, vocabulary, losses."""
         return self._sealed(step)[0]
+
+
+def _check_passing(error: Exception, where: Path) -> None:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
+        raise UnreadableError(f"checkpoint {where} cannot be read now: {error!r}; start again later") from error
 
 
 def silence_background_errors() -> None:

@@ -27,8 +27,18 @@ class Tokens:
     path: Path
 
     @classmethod
-    def open(cls, data_dir: str | os.PathLike[str], split: Split, block_size: int, vocab_size: int) -> "Tokens":
+    def open(
+        cls,
+        data_dir: str | os.PathLike[str],
+        split: Split,
+        block_size: int,
+        vocab_size: int,
+        check_ids: bool = True,
+    ) -> "Tokens":
         """Maps `<data_dir>/<split>.bin` (nanoGPT's raw little-endian uint16).
+
+        Args:
+            check_ids: read all of it, to see that no id is outside the vocabulary.
 
         Raises:
             UserError: there is no such file, it is too short for one block, or holds ids outside the vocabulary.
@@ -43,7 +53,8 @@ class Tokens:
                 f"model.block_size={block_size}; prepare a longer text or lower model.block_size"
             )
         ids = np.memmap(path, dtype="<u2", mode="r")
-        largest = max(int(ids[at : at + (1 << 24)].max()) for at in range(0, len(ids), 1 << 24))
+        parts = range(0, len(ids) if check_ids else 0, 1 << 24)
+        largest = max((int(ids[at : at + (1 << 24)].max()) for at in parts), default=0)
         if largest >= vocab_size:
             raise UserError(f"{path} holds token id {largest}; the vocabulary has {vocab_size}: prepare the data again")
         return cls(ids=ids, path=path)

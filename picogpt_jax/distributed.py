@@ -127,6 +127,8 @@ def _give_up(arrived: threading.Event, coordinator_address: str | None, process_
     if arrived.is_set():
         return
     proxies = [name for name in _PROXIES if os.environ.get(name)]
+    # Where a cluster names the processes, those that are not here yet may come with the next start.
+    status = LOST_STATUS if coordinator_address is None else 2
     if coordinator_address is None:
         reason = (
             f"the processes that {_cluster() or 'the cluster'} names have not come together; see the others' output"
@@ -137,7 +139,7 @@ def _give_up(arrived: threading.Event, coordinator_address: str | None, process_
         reason = f"process 0 waited at {coordinator_address} and not all of --num_processes have come"
     else:
         reason = _reachable(coordinator_address)
-    _leave(f"{reason}; start every process with the same address, or raise --initialization_timeout_seconds", 2)
+    _leave(f"{reason}; start every process with the same address, or raise --initialization_timeout_seconds", status)
 
 
 def _reachable(address: str) -> str:

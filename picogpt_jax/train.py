@@ -95,7 +95,9 @@ def train(
     with contextlib.ExitStack() as stack:
         with distributed.together():
             tokens: dict[Split, Tokens] = {
-                split: Tokens.open(config.data.dir, split, config.model.block_size, config.model.vocab_size)
+                split: Tokens.open(
+                    config.data.dir, split, config.model.block_size, config.model.vocab_size, distributed.is_first()
+                )
                 for split in typing.get_args(Split)
             }
             check_resumable(workdir, config, vocabulary, resume)

@@ -127,13 +127,15 @@ def run_killed(processes: int, workdir: Path, moments: random.Random) -> Lives:
                     started.set()
             elif match := re.match(r"resumed .* at step (\d+)", line):
                 lives.resumed_at.append(int(match[1]))
+        started.set()  # the launcher has ended: nobody waits for a start that does not come
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     while lives.kills < KILLS.value:
         started.wait()
         began = time.monotonic()
-        _let_live(launched, workdir / METRICS_FILE, moments)
+        if len(members) == processes:
+            _let_live(launched, workdir / METRICS_FILE, moments)
         if launched.poll() is not None:
             reader.join()
             raise UserError(f"the training ended after {lives.kills} kills: {''.join(text)[-1000:]}")

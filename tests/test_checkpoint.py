@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -264,6 +265,20 @@ def test_entries_that_do_not_fit_are_named_and_nothing_is_removed(workdir: Path)
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be saved
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one on a file system that is away for a moment: its files are not to blame."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        steps = checkpoints.steps
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", away)
+        with pytest.raises(UserError, match=rf"{steps[-1]} cannot be read now: .*start again later"):
+            checkpoints.restore_latest(ABSTRACT)
+        assert checkpoints.steps == steps
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 import os
+import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,36 @@ def test_local_wants_the_number_of_processes_first() -> None:
         2,
         True,
     )
+
+
+def test_ctrl_c_reaches_a_process_as_one_signal_to_save_on(tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the launcher's whole group; a second signal would end a training without saving."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, sys, time\n"
+        "if sys.argv[1] == '-c':\n"
+        "    exec(sys.argv[2])\n"
+        "    raise SystemExit\n"
+        "got = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda number, _: got.append(number))\n"
+        "print('ready', flush=True)\n"
+        "while not got:\n"
+        "    time.sleep(0.01)\n"
+        "time.sleep(0.5)\n"
+        "print('got', *map(int, got), flush=True)\n"
+    )
+    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
+    launcher = subprocess.Popen(
+        ["bash", str(LAUNCH / "local.sh"), "2"],
+        env={**os.environ, "PYTHON": str(stand_in)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert launcher.stdout is not None
+    assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    os.killpg(launcher.pid, signal.SIGINT)
+    rest, _ = launcher.communicate(timeout=60)
+    assert rest.splitlines() == [f"got {int(signal.SIGTERM)}"] * 2

@@ -36,7 +36,10 @@ start() { # -> pids
   for ((i = 0; i < n; i++)); do
     local join=()
     ((n == 1)) || join=("--coordinator_address=localhost:$port" "--num_processes=$n" "--process_id=$i")
+    # In a process group of its own: a terminal's Ctrl-C reaches it as one SIGTERM, from here, and it saves.
+    set -m
     "$python" "$root/scripts/train.py" "${flags[@]}" "${join[@]}" &
+    set +m
     pids+=("$!")
     say "process $i is $!"
   done
