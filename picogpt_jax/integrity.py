@@ -27,7 +27,6 @@ class MisfitError(AgreedError):
     """A checkpoint holds another tree than the one asked for: no damage, and no reason to go back to an older one."""
 
 
-@jax.jit
 def checksum(array: Array) -> UInt32[Array, ""]:
     """The sum of every element's bits times an odd number made of its position, modulo 2**32.
 
@@ -45,10 +44,15 @@ def checksum(array: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits * (position | jnp.uint32(1)), dtype=jnp.uint32)
 
 
+@jax.jit  # one program: several with sums over devices, under way at once on CPU, can wait for each other's threads
+def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name: checksum(array) for name, array in arrays.items()}
+
+
 def manifest(state: Any) -> Manifest:
     """Describes every array of a tree. In several processes all must ask, because all compute it."""
     names = _names(state)
-    sums = {name: checksum(array) for name, array in names.items()}  # dispatched together, read together
+    sums = _checksums(names)
     return {
         name: {
             "shape": list(np.shape(array)),

@@ -128,6 +128,7 @@ def test_ctrl_c_reaches_a_process_as_one_signal_to_save_on(tmp_path: Path) -> No
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # bash cannot trap what it inherits ignored
     )
     assert launcher.stdout is not None
     assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
