@@ -27,6 +27,7 @@ class MisfitError(AgreedError):
     """A checkpoint holds another tree than the one asked for: no damage, and no reason to go back to an older one."""
 
 
+@jax.jit
 def checksum(array: Array) -> UInt32[Array, ""]:
     """The sum of every element's bits times an odd number made of its position, modulo 2**32.
 
