@@ -21,7 +21,8 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
 from picogpt_jax.hf_config import generation_config, gpt2_config
 from picogpt_jax.hf_tokenizer import tokenizer_files
-from picogpt_jax.int8_model import EMBEDDINGS, Int8Model, check_finite, check_layout, float_layout, layout_of
+from picogpt_jax.int8_model import EMBEDDINGS, Int8Model
+from picogpt_jax.layout import check_finite, check_layout, float_layout, layout_of
 from picogpt_jax.vocabulary import Vocabulary
 
 TENSORS_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE = "model.safetensors", "config.json", "generation_config.json"

@@ -15,16 +15,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import read_json
 from picogpt_jax.huggingface import hf_names
-from picogpt_jax.int8_model import (
+from picogpt_jax.layout import (
     SAFETENSORS_DTYPES,
     check_depth,
     check_finite,
     check_layout,
     check_names_occur_once,
-    errors_in,
     float_layout,
     layout_of,
 )

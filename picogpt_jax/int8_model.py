@@ -8,13 +8,10 @@ A value is code * scale, with codes in [-127, 127] and one scale per row ([rows,
 `transformer.wte` again and is not stored. Nothing here needs more than numpy and safetensors.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from picogpt_jax.config import Granularity, ModelConfig, section_from_dict
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import atomic_folder, read_json, write_json
+from picogpt_jax.layout import (
+    SAFETENSORS_DTYPES,
+    check_depth,
+    check_finite,
+    check_layout,
+    check_names_occur_once,
+    int8_layout,
+    layout_of,
+)
 from picogpt_jax.vocabulary import Vocabulary
 
 FORMAT = "picogpt-int8"
@@ -33,9 +39,6 @@ TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json",
 MAX_CODE = 127
 EMBEDDINGS = ("transformer.wte", "transformer.wpe")
 
-# What a file holds: tensor name -> (dtype as numpy spells it, shape).
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-SAFETENSORS_DTYPES = {"I8": "int8", "F32": "float32"}
 
 # A matrix whose largest value is below this is one of zeros: 1 / scale would overflow float32.
 SMALLEST_ABSMAX = np.float32(2.0**-119)
@@ -133,47 +136,6 @@ class Int8Model:
         return cls(model=model, matrices=matrices, vectors=vectors, **fields)
 
 
-def int8_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What `model.safetensors` holds, complete: tensor name -> (dtype, shape)."""
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, shape in model.matrix_shapes().items():
-        layout[f"{name}.weight"] = ("int8", shape)
-        layout[f"{name}.weight_scale"] = ("float32", (shape[0] if granularity == "per_channel" else 1, 1))
-    return layout | {name: ("float32", shape) for name, shape in model.vector_shapes().items()}
-
-
-def float_layout(model: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The float parameters under nanoGPT's names, matrices [out, in], without the tied head: name -> (dtype, shape)."""
-    matrices = {f"{name}.weight": shape for name, shape in model.matrix_shapes().items()}
-    return {name: ("float32", shape) for name, shape in (matrices | model.vector_shapes()).items()}
-
-
-def layout_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The layout that these tensors have."""
-    return {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-
-
-def check_layout(found: Layout, expected: Layout) -> None:
-    """Total accounting: the same names, and each with the same dtype and shape.
-
-    Raises:
-        UserError: it names what is unknown and missing, or the first tensor that differs.
-    """
-    unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
-    if unknown or missing:
-        raise UserError(f"unknown tensors: {_shortened(unknown)}; missing tensors: {_shortened(missing)}")
-    for name, (dtype, shape) in expected.items():
-        if found[name] != (dtype, shape):
-            found_dtype, found_shape = found[name]
-            raise UserError(f"{name} is {found_dtype} {list(found_shape)}; expected {dtype} {list(shape)}")
-
-
-def check_depth(model: ModelConfig, found: Mapping[str, Any]) -> None:
-    """Refuses a depth that the tensors cannot fill, before a table of that many layers is made."""
-    if model.n_layer > len(found):
-        raise UserError(f"model.n_layer={model.n_layer}, but there are only {len(found)} tensors")
-
-
 def check_json(name: str, value: Any) -> None:
     """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
     if not isinstance(value, dict):
@@ -182,21 +144,6 @@ def check_json(name: str, value: Any) -> None:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{name} cannot be written as JSON: {error}") from None
-
-
-def check_finite(name: str, array: np.ndarray) -> None:
-    """Raises a UserError if a value of the tensor is infinite or not a number."""
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} holds values that are not finite; expected finite float32 values")
-
-
-@contextlib.contextmanager
-def errors_in(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the file's name in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def save_int8_model(model: Int8Model, folder: str | os.PathLike[str]) -> None:
@@ -374,16 +321,6 @@ def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> d
         raise UserError(f"is no readable safetensors file ({error}); write the model again") from None
 
 
-def check_names_occur_once(path: Path) -> None:
-    """safetensors keeps the last of two entries with one name; we refuse both."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        pairs = json.loads(file.read(length), object_pairs_hook=list)
-    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if repeated:
-        raise UserError(f"tensors stored more than once: {_shortened(repeated)}")
-
-
 def _check_values(name: str, array: np.ndarray) -> None:
     if array.dtype == np.int8:
         if array.min() < -MAX_CODE:
@@ -392,9 +329,3 @@ def _check_values(name: str, array: np.ndarray) -> None:
     check_finite(name, array)
     if name.endswith(".weight_scale") and not (array > 0).all():
         raise UserError(f"{name} holds a scale of {array.min()}; expected positive scales")
-
-
-def _shortened(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + more

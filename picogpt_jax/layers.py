@@ -12,7 +12,8 @@ from flax import linen as nn
 from flax.core import Scope
 from jaxtyping import Array
 
-from picogpt_jax.model import GPT, init_stddev
+from picogpt_jax.linear import init_stddev
+from picogpt_jax.model import GPT
 
 STACKED = "h"
 PREFIX = "h_"

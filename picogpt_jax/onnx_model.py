@@ -19,8 +19,8 @@ except ImportError as error:
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.cpu import has_vnni
-from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import Quantization, config_from_json, errors_in
+from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.int8_model import Quantization, config_from_json
 from picogpt_jax.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from picogpt_jax.config import Config, ModelConfig, QuantConfig
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.import_huggingface import is_huggingface_folder, load_huggingface
-from picogpt_jax.int8_model import VOCABULARY_FILE, Int8Model, errors_in, is_int8_folder, load_int8_model
+from picogpt_jax.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.tokenizer import TOKENIZER_FILE, read_tokenizer
 from picogpt_jax.vocabulary import TokenIds, Vocabulary
 

@@ -23,8 +23,8 @@ except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import check_depth, check_finite, check_layout, errors_in, float_layout, layout_of
+from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.layout import check_depth, check_finite, check_layout, float_layout, layout_of
 from picogpt_jax.torch_file import (
     EXTRA_KEY,
     check_keys,

@@ -18,9 +18,8 @@ try:
 except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import atomic_path
-from picogpt_jax.int8_model import errors_in
 
 OLDEST_SAFE_TORCH = (2, 10)
 EXTRA_KEY = "picogpt_jax"  # of a file's dict: what the layouts of nanoGPT and picoGPT have no place for

@@ -29,20 +29,16 @@ except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
 from picogpt_jax.config import Granularity, ModelConfig
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.int8_model import (
     EMBEDDINGS,
     Int8Model,
     Int8Tensor,
-    check_depth,
-    check_finite,
-    check_layout,
     config_from_json,
     config_to_json,
-    errors_in,
-    layout_of,
     requantize_per_tensor,
 )
+from picogpt_jax.layout import check_depth, check_finite, check_layout, layout_of
 from picogpt_jax.torch_checkpoint import (
     HEAD,
     HIDDEN,

@@ -1,24 +1,13 @@
 """The int8 model in PyTorch, with the numbers it was trained with (extra: torch).
 
-The weights stay int8 in memory. A matmul quantizes the activations that enter it, one scale per token, multiplies int8
-by int8 with an exact int32 sum, and only then goes back to float32: y = int32 * activation_scale * weight_scale + bias.
-With `activation_bits=None` the activations stay float32.
+Matrices stay int8 in memory and are multiplied as int8 (`picogpt_jax.torch_linear`). LayerNorm and attention are
+computed in float64 and rounded once, so that the text is JAX's (`picogpt_jax.rounding`); with `exact=False` in float32,
+which is faster where whole windows are computed.
 
-Two kernels compute that sum, with the same integers: `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product
-instructions but 40 times slower than float on those without, and a float32 product of the codes, converted in each call
-so that the model in memory stays int8. The latter is exact: codes are at most 127 in magnitude, so a sum over 1040
-features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs too) holds each of these.
-
-Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers; N rows (tokens),
-I input features, O output features of a matmul.
-
-LayerNorm and attention are computed in float64 and rounded once, so that the text is JAX's (`picogpt_jax.rounding`);
-with `exact=False` in float32, which is faster where whole windows are computed.
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
 """
 
-import functools
 import os
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -33,12 +22,11 @@ except ImportError as error:
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, Int8Tensor, is_int8_folder, load_int8_model
+from picogpt_jax.int8_model import Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.runtime import Overflow, check_generation, checked_data
 from picogpt_jax.torch_file import is_torch_checkpoint
 from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
-
-EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
+from picogpt_jax.torch_linear import Int8Matrix
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -52,103 +40,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
-
-
-def quantize_activations(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale per token: scale = absmax / 127, codes = round_half_to_even(clip(x * (1 / scale), -127, 127)).
-
-    The division is a product with float32(1 / 127), as XLA compiles it, so that the scales agree to the last bit.
-
-    Returns:
-        int8 codes [N, I] and float32 scales [N, 1]; a token of zeros has scale 1 / 127.
-    """
-    absmax_N1 = x_NI.abs().amax(-1, keepdim=True)
-    scale_N1 = torch.where(absmax_N1 < float(SMALLEST_ABSMAX), 1.0, absmax_N1) * (1.0 / MAX_CODE)
-    codes_NI = (x_NI * scale_N1.reciprocal()).clamp_(-MAX_CODE, MAX_CODE).round_()
-    return codes_NI.to(torch.int8), scale_N1
-
-
-def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    """x w^T of int8 codes, summed exactly in int32, as float32 [N, O]; by whichever kernel is fast here."""
-    if x_NI.is_cuda:
-        return product_by_int_mm(*_aligned(x_NI, w_OI))[: len(x_NI), : len(w_OI)]
-    if x_NI.device.type == "cpu" and int_mm_is_fast_on_cpu():
-        return product_by_int_mm(x_NI, w_OI)
-    return product_by_float(x_NI, w_OI)
-
-
-def product_by_int_mm(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    """`integer_product` by PyTorch's int8 kernel."""
-    return torch._int_mm(x_NI, w_OI.T).float()
-
-
-def product_by_float(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    """`integer_product` by float32 products of as many features as sum up exactly."""
-    features = x_NI.shape[1]
-    if features <= EXACT_FEATURES:
-        return x_NI.float() @ w_OI.float().T
-    starts = range(0, features, EXACT_FEATURES)
-    parts = (x_NI[:, i : i + EXACT_FEATURES].float() @ w_OI[:, i : i + EXACT_FEATURES].float().T for i in starts)
-    total = torch.zeros(len(x_NI), len(w_OI), dtype=torch.int32, device=x_NI.device)
-    for part in parts:
-        total += part.int()
-    return total.float()
-
-
-def _aligned(x_NI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads with zeros to what `torch._int_mm` asks for on CUDA: more than 16 rows, the other sizes multiples of 8."""
-    features = -x_NI.shape[1] % 8
-    x_rows, w_rows = max(17 - len(x_NI), 0), -len(w_OI) % 8
-    return F.pad(x_NI, (0, features, 0, x_rows)), F.pad(w_OI, (0, features, 0, w_rows))
-
-
-@functools.cache
-def int_mm_is_fast_on_cpu() -> bool:
-    """Times both kernels once, in milliseconds: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
-
-    Only the speed depends on the answer, since both give the same integers.
-    """
-    x, w = torch.ones(64, 256, dtype=torch.int8), torch.ones(256, 256, dtype=torch.int8)
-
-    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        product(x, w)  # the first call sets the kernel up
-        start = time.perf_counter()
-        product(x, w)
-        return time.perf_counter() - start
-
-    return seconds(product_by_int_mm) < seconds(product_by_float)
-
-
-class Int8Matrix(nn.Module):
-    """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head)."""
-
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None) -> None:
-        super().__init__()
-        self.activation_bits = activation_bits
-        self.register_buffer("codes", torch.tensor(tensor.codes))
-        self.register_buffer("scale", torch.tensor(tensor.scale[:, 0]))  # [rows], or [1] for one in all
-        self.register_buffer("bias", None if bias is None else torch.tensor(bias))
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """float32 [..., cols]: the rows `ids`, dequantized."""
-        scale = self.scale if len(self.scale) == 1 else self.scale[ids][..., None]
-        return self.codes[ids].float() * scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., cols] -> float32 [..., rows]."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        if self.activation_bits is None:
-            y_NO = (x_NI @ self.codes.float().T) * self.scale
-        else:
-            codes_NI, scale_N1 = quantize_activations(x_NI)
-            y_NO = integer_product(codes_NI, self.codes).mul_(scale_N1).mul_(self.scale)
-        if self.bias is not None:
-            y_NO += self.bias
-        return y_NO.view(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):

@@ -1,0 +1,84 @@
+"""Which tensors a model's file holds: names, dtypes and shapes, and the checks that account for every one of them.
+
+The names are nanoGPT's and matrices are [out, in], here and in every file that is read or written.
+"""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from picogpt_jax.config import Granularity, ModelConfig
+from picogpt_jax.errors import UserError
+
+# What a file holds: tensor name -> (dtype as numpy spells it, shape).
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+# safetensors' names of types -> numpy's.
+SAFETENSORS_DTYPES = {"I8": "int8", "F32": "float32"}
+
+
+def int8_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `model.safetensors` holds, complete: tensor name -> (dtype, shape)."""
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in model.matrix_shapes().items():
+        layout[f"{name}.weight"] = ("int8", shape)
+        layout[f"{name}.weight_scale"] = ("float32", (shape[0] if granularity == "per_channel" else 1, 1))
+    return layout | {name: ("float32", shape) for name, shape in model.vector_shapes().items()}
+
+
+def float_layout(model: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The float parameters under nanoGPT's names, matrices [out, in], without the tied head: name -> (dtype, shape)."""
+    matrices = {f"{name}.weight": shape for name, shape in model.matrix_shapes().items()}
+    return {name: ("float32", shape) for name, shape in (matrices | model.vector_shapes()).items()}
+
+
+def layout_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The layout that these tensors have."""
+    return {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+
+
+def check_layout(found: Layout, expected: Layout) -> None:
+    """Total accounting: the same names, and each with the same dtype and shape.
+
+    Raises:
+        UserError: it names what is unknown and missing, or the first tensor that differs.
+    """
+    unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if unknown or missing:
+        raise UserError(f"unknown tensors: {_shortened(unknown)}; missing tensors: {_shortened(missing)}")
+    for name, (dtype, shape) in expected.items():
+        if found[name] != (dtype, shape):
+            found_dtype, found_shape = found[name]
+            raise UserError(f"{name} is {found_dtype} {list(found_shape)}; expected {dtype} {list(shape)}")
+
+
+def check_depth(model: ModelConfig, found: Mapping[str, Any]) -> None:
+    """Refuses a depth that the tensors cannot fill, before a table of that many layers is made."""
+    if model.n_layer > len(found):
+        raise UserError(f"model.n_layer={model.n_layer}, but there are only {len(found)} tensors")
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises a UserError if a value of the tensor is infinite or not a number."""
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} holds values that are not finite; expected finite float32 values")
+
+
+def check_names_occur_once(path: Path) -> None:
+    """safetensors keeps the last of two entries with one name; we refuse both."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        pairs = json.loads(file.read(length), object_pairs_hook=list)
+    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if repeated:
+        raise UserError(f"tensors stored more than once: {_shortened(repeated)}")
+
+
+def _shortened(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "none") + more
