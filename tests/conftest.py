@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ os.environ.setdefault("NPROC", THREADS)  # XLA's thread pool
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # PyTorch's and NumPy's
 
 import jax  # after the environment, which it reads when it is imported
+from jax.experimental.compilation_cache import compilation_cache
+from tiny import TEXT, quick_compilation, write_data
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # of the scripts under test, which inherit it: the fewer, the faster
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,6 +33,24 @@ def shakespeare_text() -> str:
     if not SHAKESPEARE.is_file():
         pytest.skip(f"{SHAKESPEARE} is missing: put tiny Shakespeare's input.txt there to run this test")
     return SHAKESPEARE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly_and_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that are needed again compile once, through the cache that the scripts use as well."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with quick_compilation():
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a prepare.py leaves of `tiny.TEXT`."""
+    return write_data(tmp_path_factory.mktemp("data"), TEXT)
 
 
 @pytest.fixture

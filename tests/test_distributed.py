@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny import same, tiny_config, write_data
+from tiny import TEXT, same, tiny_config, write_data
 
 from picogpt_jax import distributed
 from picogpt_jax.checkpoint import Checkpoints
@@ -28,7 +28,6 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.sharding import make_mesh
 from picogpt_jax.trainer import Trainer
 
-TEXT = "abcdefghij" * 40
 HEARTBEAT_SECONDS = 10
 PATIENCE_SECONDS = 240  # a hang, not a slow machine
 

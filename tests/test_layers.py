@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sources import write_run
-from tiny import VOCABULARY, quick_compilation, same, tiny_config
+from tiny import BATCHES, same, tiny_config
 
 from picogpt_jax import convert
 from picogpt_jax.checkpoint import Checkpoints
@@ -18,14 +17,9 @@ from picogpt_jax.resume import begin
 from picogpt_jax.sources import load_float
 from picogpt_jax.trainer import Trainer
 
-BATCHES = VOCABULARY.encode("abcdefghij" * 4)[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # uint16 [4, 8, 9]
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
+
 SCANNED = dict(train__scan_layers=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def trainer(**changes: Any) -> Trainer:

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCABULARY, quick_compilation, same, tiny_config
+from tiny import VOCABULARY, same, tiny_config
 
 from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.layers import unstack
@@ -21,6 +20,8 @@ from picogpt_jax.sharding import AXES, batch_sharding
 from picogpt_jax.sources import load_float
 from picogpt_jax.trainer import Trainer, TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
+
 STEPS = 20
 TIME = 9  # no other dimension is as long: what holds it in a compiled program is an activation
 # Everything divides over eight devices, heads and vocabulary included.
@@ -28,12 +29,6 @@ MODEL = dict(n_layer=2, n_head=8, n_embd=32, block_size=TIME, vocab_size=16, bia
 BATCHES = VOCABULARY.encode("abcdefghij" * 30)[np.arange(8 * STEPS).reshape(STEPS, 8, 1) + np.arange(TIME + 1)]
 VARIANTS: dict[tuple[int, int, int], dict[str, Any]] = {(2, 2, 2): dict(train__remat="block")}
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 @functools.cache

@@ -1,22 +1,16 @@
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import quick_compilation, tiny_config
+from tiny import tiny_config
 
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.sharding import batch_sharding, make_mesh, replicated
 from picogpt_jax.trainer import Trainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly() -> Iterator[None]:
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, batch_size: int = 8, devices: int = 4) -> tuple[int, ...]:

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from jax.experimental.compilation_cache import compilation_cache
-from tiny import VOCABULARY, quick_compilation, same, tiny_config, write_data
+from tiny import VOCABULARY, same, tiny_config
 
 from picogpt_jax import train as train_module
 from picogpt_jax import trainer as trainer_module
@@ -31,25 +30,7 @@ from picogpt_jax.train import Result, dispatches, train
 from picogpt_jax.trainer import StepMetrics, Trainer, TrainState
 from picogpt_jax.vocabulary import Vocabulary
 
-TEXT = "abcdefghij" * 40  # each character tells the next one
-TRAIN_BIN = VOCABULARY.encode(TEXT)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly_and_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs that need the same program compile it once, through the cache that the scripts use as well."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with quick_compilation():
-        yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), TEXT)
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 
 
 def test_dispatches_end_where_something_happens() -> None:

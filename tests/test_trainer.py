@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -7,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from tiny import VOCABULARY, quick_compilation, same, tiny_config, write_data
+from tiny import BATCHES, TRAIN_BIN, VOCABULARY, same, tiny_config
 
 from picogpt_jax import trainer as trainer_module
 from picogpt_jax.config import Config
@@ -16,26 +14,7 @@ from picogpt_jax.data import Tokens
 from picogpt_jax.sharding import batch_sharding, replicated
 from picogpt_jax.trainer import Batches, Trainer, TrainState, compute_dtype
 
-TEXT = "abcdefghij" * 40  # each character tells the next one
-TRAIN_BIN = VOCABULARY.encode(TEXT)
-BATCHES = TRAIN_BIN[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # of four steps: uint16 [4, 8, 9]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly_and_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs that need the same program compile it once, through the cache that the scripts use as well."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with quick_compilation():
-        yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), TEXT)
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 
 
 @dataclasses.dataclass(frozen=True)

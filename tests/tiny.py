@@ -15,6 +15,9 @@ from picogpt_jax.config import Config
 from picogpt_jax.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_text("\n abcdefghij")  # 12 characters
+TEXT = "abcdefghij" * 40  # each character tells the next one
+TRAIN_BIN = VOCABULARY.encode(TEXT)
+BATCHES = TRAIN_BIN[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # of four steps: uint16 [4, 8, 9]
 TINY = {
     "model": dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY.size),
     "train": dict(batch_size=8, max_iters=8, eval_interval=4, eval_iters=2, log_interval=2, dtype="float32"),
