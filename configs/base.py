@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.train.scan_layers = False
     # What the backward pass computes again: none | block (all but each block's input) | dots (all but matmul results)
     config.train.remat = "none"
-    config.train.attention = "auto"  # plain | cudnn (GPU) | splash (TPU) | auto: the fused one where it can serve
+    config.train.attention = "auto"  # plain | cudnn (GPU) | splash (TPU) | auto: what is measured to be fastest
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-3

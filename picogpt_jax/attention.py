@@ -5,6 +5,8 @@ plain   what every runtime computes, and what the promise "trained as served, bi
 cudnn   NVIDIA's, through `jax.nn.dot_product_attention`.
 splash  the Pallas kernel for TPUs.
 
+Where a kernel can serve, `train.attention=auto` measures it and the plain form, and takes the faster one.
+
 A fused kernel sums in another order and keeps its weights in blocks, so results differ from the plain form in the last
 bits of the compute type. None of them has dropout: a run with `model.dropout` > 0 computes the plain form.
 
@@ -12,41 +14,104 @@ Shapes: B batch, T time (query), S time (key), H heads, D head size.
 """
 
 import functools
+import math
+import statistics
+import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from jax import lax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from picogpt_jax import rounding, sharding
 from picogpt_jax.config import AttentionForm, ModelConfig
+from picogpt_jax.devices import compiler_options
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.errors import UserError
 
 LANES = 128  # of a TPU: a block of the kernel is a multiple of them
 MAX_BLOCK = 512  # positions in a block of the kernel
+WARM_UP_CALLS, TIMED_CALLS = 3, 10
+MARGIN = 1.05  # a kernel may be so much slower than the plain form, which stores the scores, and is still taken
 
 
-def choose(wanted: AttentionForm, config: ModelConfig, dtype: jnp.dtype, device: jax.Device) -> AttentionForm:
-    """The form that a run computes.
+def choose(
+    wanted: AttentionForm,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    device: jax.Device,
+    measure: Callable[[AttentionForm], float] | None,
+) -> AttentionForm:
+    """The form that a run computes; of several processes, each must ask, and all get what the first one measured.
 
     Args:
-        wanted: `train.attention`; "auto" takes the device's fused kernel where it can serve.
+        wanted: `train.attention`; "auto" takes the faster one of the plain form and the device's fused kernel, where
+            that can serve.
         device: one of the mesh; they are all alike.
+        measure: the seconds that a form takes, such as `seconds`; None, where nothing can run on the devices: "auto"
+            then takes the kernel.
 
     Raises:
         UserError: a kernel was asked for by name and cannot serve this model or device.
     """
-    if wanted == "plain":
-        return wanted
     if wanted == "auto":
-        fused: AttentionForm = "splash" if device.platform == "tpu" else "cudnn"
-        return "plain" if why_not(fused, config, dtype, device) else fused
-    reason = why_not(wanted, config, dtype, device)
+        kernel: AttentionForm = "splash" if device.platform == "tpu" else "cudnn"
+        if why_not(kernel, config, dtype, device):
+            return "plain"
+        if measure is None:
+            return kernel
+        is_kernel = jax.process_index() != 0 or _faster(kernel, measure) == kernel
+        return kernel if multihost_utils.broadcast_one_to_all(np.int32(is_kernel)) else "plain"
+    reason = None if wanted == "plain" else why_not(wanted, config, dtype, device)
     if reason:
         raise UserError(f"train.attention={wanted}: {reason}; change that, or use train.attention=auto")
     return wanted
+
+
+def _faster(kernel: AttentionForm, measure: Callable[[AttentionForm], float]) -> AttentionForm:
+    """The kernel or the plain form, whichever is faster; says which, and why. What fails is passed over."""
+    times: dict[AttentionForm, float] = {}
+    for form in (kernel, "plain"):
+        try:
+            times[form] = measure(form)
+        except Exception as error:  # whatever cuDNN, the compiler or a full memory raises
+            reason = " ".join(str(error).split())[:500]
+            # As an error: warnings are below what the scripts show.
+            logging.error("train.attention=auto passes %s over: %s: %s", form, type(error).__name__, reason)
+    is_kernel = kernel in times and times[kernel] <= MARGIN * times.get("plain", math.inf)
+    chosen: AttentionForm = kernel if is_kernel else "plain"
+    said = ", ".join(f"{form} {1e3 * duration:.3f} ms" for form, duration in times.items())
+    print(f"attention: {chosen} (forward and backward: {said or 'nothing could be measured'})", flush=True)
+    return chosen
+
+
+def seconds(
+    form: AttentionForm, shape_BHTD: tuple[int, int, int, int], dtype: jnp.dtype, interpret: bool = False
+) -> float:
+    """The median time of a form's result and gradients, of numbers drawn at random, on one device of this process.
+
+    Args:
+        shape_BHTD: a device's share.
+        interpret: see `fused`.
+    """
+    q, k, v, gradient = jax.random.normal(jax.random.key(0), (4, *shape_BHTD), dtype)
+    attend = causal if form == "plain" else functools.partial(fused, form, interpret=interpret)
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def step(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, tuple[Array, ...]]:
+        y, backward = jax.vjp(attend, q, k, v)
+        return y, backward(gradient)
+
+    times = []
+    for _ in range(WARM_UP_CALLS + TIMED_CALLS):
+        began = time.perf_counter()
+        jax.block_until_ready(step(q, k, v, gradient))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[WARM_UP_CALLS:])
 
 
 def why_not(form: AttentionForm, config: ModelConfig, dtype: jnp.dtype, device: jax.Device) -> str | None:

@@ -58,9 +58,13 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
     """
     tokens = _random_tokens(config)
     qat = JaxTraining(config, "int8", tokens)
-    steps: dict[str, Work] = {"JAX QAT": qat, "JAX float": JaxTraining(config, "none", tokens)}
+    same = dataclasses.replace(config.train, attention=qat.trainer.attention)  # which may have been measured
+    steps: dict[str, Work] = {
+        "JAX QAT": qat,
+        "JAX float": JaxTraining(dataclasses.replace(config, train=same), "none", tokens),
+    }
     settings: dict[str, Any] = dict(rounds=rounds, steps_per_round=config.train.log_interval)
-    settings |= dict(dtype=qat.trainer.dtype.name, config=config.to_dict())
+    settings |= dict(dtype=qat.trainer.dtype.name, attention=qat.trainer.attention, config=config.to_dict())
     on_cpu = jax.default_backend() == "cpu"
     matmuls = _jax_matmuls() if on_cpu else {}
     if with_torch:

@@ -100,7 +100,8 @@ def write_workdir(
     sections |= {"model": dataclasses.asdict(source.config), "quant": dataclasses.asdict(source.quant)}
     config = Config.from_dict(sections)
     mesh = dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1)
-    trainer = Trainer(dataclasses.replace(config, mesh=mesh), devices=jax.devices()[:1])
+    plain = dataclasses.replace(config.train, attention="plain")  # the source's kernel may be of another device
+    trainer = Trainer(dataclasses.replace(config, mesh=mesh, train=plain), devices=jax.devices()[:1])
     meta = {
         "config": config.to_dict(),
         "vocab": source.vocabulary.to_json(),

@@ -1,8 +1,9 @@
 """Reads a Hugging Face GPT-2 folder: config.json and the float tensors, safetensors (sharded or not) or PyTorch's.
 
-The architecture must be ours: what GPT-2's code can also do (scores that are not scaled, cross-attention, an untied
-head) is refused with the reason. No tensor is read before the headers agree with config.json, and every name is
-accounted for: `huggingface.hf_names` is the table, `IGNORED` names what is left out.
+Half precision (float16, bfloat16) is widened to float32, which is exact. The architecture must be ours: what GPT-2's
+code can also do (scores that are not scaled, cross-attention, an untied head) is refused with the reason. No tensor is
+read before the headers agree with config.json, and every name is accounted for: `huggingface.hf_names` is the table,
+`IGNORED` names what is left out.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (comes with JAX; NumPy then knows bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -28,6 +30,7 @@ from picogpt_jax.layout import (
     layout_of,
 )
 
+READ_AS = SAFETENSORS_DTYPES | {"F16": "float32", "BF16": "float32"}
 CONFIG_FILE = "config.json"
 TENSORS_FILE, INDEX_FILE, TORCH_FILE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 PREFIX = "transformer."  # of every tensor but the head's; a `GPT2Model` was saved without it
@@ -70,7 +73,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[
 
     Raises:
         UserError: a file is missing or damaged, the architecture is not ours, or a tensor is unknown, missing,
-            mis-shaped, of another type than float32 or not finite.
+            mis-shaped, of no float type up to float32 or not finite.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
@@ -161,19 +164,23 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _safetensors(path: Path, names: set[str] | None) -> dict[str, Any]:
-    """The tensors `names`; or, for None, (dtype, shape) of all."""
+    """The tensors `names`, half precision as float32; or, for None, (dtype, shape) of all, as they will be."""
     try:
         with safe_open(path, framework="numpy") as file:
             if names is not None:
-                return {name: file.get_tensor(name) for name in names}
+                return {name: _widened(file.get_tensor(name)) for name in names}
             check_names_occur_once(path)
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
             return {
-                name: (SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
+                name: (READ_AS.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
                 for name, header in headers.items()
             }
     except (OSError, SafetensorError) as error:
         raise UserError(f"is no readable safetensors file ({error}); download it again") from None
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.itemsize == 2 else array
 
 
 def _read_torch(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -184,7 +191,7 @@ def _read_torch(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
     if len(names) < len(content):
         raise UserError(f"tensors are stored twice, with and without the prefix {PREFIX!r}")
     kept = {ours: content[name] for ours, name in names.items() if not IGNORED.fullmatch(ours)}
-    tensors = checked_arrays(kept, path.stat().st_size)
+    tensors = checked_arrays(kept, path.stat().st_size, widen=True)
     _check(layout_of(tensors), model)
     return tensors
 

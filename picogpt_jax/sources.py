@@ -205,7 +205,8 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
         meta = checkpoints.meta(step)
         run = Config.from_dict(meta["config"])
         mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
-        trainer = Trainer(dataclasses.replace(run, mesh=mesh), devices=jax.devices()[:1])
+        plain = dataclasses.replace(run.train, attention="plain")  # the run's kernel may be of another device
+        trainer = Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1])
         state = checkpoints.restore(trainer.abstract_state, step).state
     imported = meta.get(IMPORTED)
     vocabulary = Vocabulary.from_json(meta["vocab"], f"the checkpoint of {path}")

@@ -5,7 +5,9 @@ values and runs nothing else; before that, the zip must declare no more bytes th
 that every one is accounted for, is the business of `torch_checkpoint` (float) and `torch_int8_checkpoint`.
 """
 
+import json
 import os
+import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from picogpt_jax.files import atomic_path
 OLDEST_SAFE_TORCH = (2, 10)
 EXTRA_KEY = "picogpt_jax"  # of a file's dict: what the layouts of nanoGPT and picoGPT have no place for
 DTYPES = (torch.float32, torch.int8, torch.int64)
+HALF = (torch.float16, torch.bfloat16)
+OLD_START = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # of a file before PyTorch 1.6: its magic number, pickled
 MAX_PLAIN_VALUES = 1 << 20
 COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it in front of every key
 
@@ -74,6 +78,7 @@ def load_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
         raise UserError(
             f"torch {torch.__version__} can be made to run code by a .pt file (CVE-2026-24747); install torch >= 2.10"
         )
+    _check_not_old(Path(path))
     _check_archive(Path(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -93,18 +98,29 @@ def save_content(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         torch.save(content, file)  # into an open file, so that its name is not part of the content
 
 
-def checked_arrays(tensors: Mapping[Any, Any], file_size: int) -> dict[str, np.ndarray]:
-    """The tensors in memory. Views can repeat a few stored bytes without end, so their sizes are bounded first."""
+def checked_arrays(tensors: Mapping[Any, Any], file_size: int, widen: bool = False) -> dict[str, np.ndarray]:
+    """The tensors in memory. Views can repeat a few stored bytes without end, so their sizes are bounded first.
+
+    Args:
+        widen: half precision is read too, as float32, which is exact; else it is refused.
+
+    Raises:
+        UserError: something is no tensor, of another type, or larger than the file can be.
+    """
+    dtypes = DTYPES + HALF * widen
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{name!r} is a {type(tensor).__name__}; expected a tensor under a name")
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(f"{name} is {tensor.dtype} ({tensor.layout}); expected one of {DTYPES}")
+        if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{name} is {tensor.dtype} ({tensor.layout}); expected one of {dtypes}")
     declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if declared > 2 * file_size:  # tied tensors are stored once and named twice
         raise UserError(f"the tensors declare {declared} bytes in a file of {file_size}; it is not loaded")
-    in_order = torch.contiguous_format
-    return {name: tensor.detach().clone(memory_format=in_order).numpy() for name, tensor in tensors.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        dtype = torch.float32 if tensor.dtype in HALF else tensor.dtype
+        arrays[name] = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).numpy()
+    return arrays
 
 
 def without_prefix(tensors: Any, where: str) -> dict[Any, Any]:
@@ -155,6 +171,21 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
         Exception
     ) as error:  # a malformed table may raise anything: BadZipFile, UnicodeDecodeError, struct.error, ...
         raise UserError(f"{path} is no PyTorch checkpoint, or is truncated ({error}); save the model again") from None
+
+
+def _check_not_old(path: Path) -> None:
+    """Refuses PyTorch's older format: how much memory to fill, and with what, its pickle says, not the file's size."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        is_old = file.read(len(OLD_START)) == OLD_START
+    if is_old:
+        name = json.dumps(str(path), ensure_ascii=False)
+        code = f"import torch; name = {name}; torch.save(torch.load(name, weights_only=True), name)"
+        raise UserError(
+            f"{path} is in the format that PyTorch wrote before 1.6, which is not read here; take the model's "
+            f"safetensors file, or, if you trust this one, write it again: python -c {shlex.quote(code)}"
+        )
 
 
 def _check_archive(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The compiled parts of a training: the first state, the step, and the batches as it takes them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt16
 
 from picogpt_jax import attention, checkpoint, layers, sharding
-from picogpt_jax.config import Config
+from picogpt_jax.config import AttentionForm, Config
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.dropout import DropoutKey, fold
@@ -64,13 +65,21 @@ class Trainer:
         self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
         self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
         sharding.check_divides("heads", "the attention heads (model.n_head)", config.model.n_head, self.mesh)
-        device = self.mesh.devices.flat[0]  # which may be of another machine, that is only compiled for
+        device = self.mesh.devices.flat[0]
         self.compiler_options = compiler_options(device.platform)
         self.dtype = compute_dtype(config.train.dtype, device.platform)
-        self.attention = attention.choose(config.train.attention, config.model, self.dtype, device)
+        self.attention = self._attention(device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
         self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=self.compiler_options)
+
+    def _attention(self, device: jax.Device) -> AttentionForm:
+        data, fsdp, tensor = self.mesh.devices.shape
+        model = self.config.model
+        share = (self.micro_batch // (data * fsdp), model.n_head // tensor, model.block_size, model.head_size)
+        measure = functools.partial(attention.seconds, shape_BHTD=share, dtype=self.dtype)
+        is_here = device in jax.devices()  # else of a machine that is only compiled for
+        return attention.choose(self.config.train.attention, model, self.dtype, device, measure if is_here else None)
 
     def model(self, mode: Mode) -> GPT:
         train = self.config.train
@@ -130,7 +139,7 @@ class Trainer:
         """The same run with its layers stacked, or one subtree a layer: what a checkpoint may hold."""
         if scan_layers == self.config.train.scan_layers:
             return self
-        train = dataclasses.replace(self.config.train, scan_layers=scan_layers)
+        train = dataclasses.replace(self.config.train, scan_layers=scan_layers, attention=self.attention)
         return Trainer(dataclasses.replace(self.config, train=train), list(self.mesh.devices.flat))
 
     def adopt(self, state: TrainState) -> TrainState:

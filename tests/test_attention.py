@@ -1,3 +1,9 @@
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -5,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding
+from test_distributed import Site, ended, finish, free_port
 from tiny import quick_compilation, tiny_config
 
 from picogpt_jax import attention, sharding
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
+from picogpt_jax.trainer import Trainer
 
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -19,11 +28,27 @@ V100 = SimpleNamespace(platform="gpu", device_kind="Tesla V100", compute_capabil
 MODEL = dict(model__n_head=2, model__n_embd=128, model__block_size=128, model__dropout=0.0)
 
 
-def choose(wanted: str, device: Any, dtype: str = "bfloat16", **changes: Any) -> str:
-    return attention.choose(wanted, tiny_config(**MODEL | changes).model, jnp.dtype(dtype), device)
+Measure = Callable[[str], float]
 
 
-def test_auto_takes_the_kernel_of_the_device_where_it_can_serve() -> None:
+def choose(wanted: str, device: Any, dtype: str = "bfloat16", measure: Measure | None = None, **changes: Any) -> str:
+    return attention.choose(wanted, tiny_config(**MODEL | changes).model, jnp.dtype(dtype), device, measure)
+
+
+def taking(**seconds: float | Exception) -> Measure:
+    """A measurement with these results, which notes what was asked for."""
+
+    def measure(form: str) -> float:
+        measure.asked.append(form)
+        if isinstance(result := seconds[form], Exception):
+            raise result
+        return result
+
+    measure.asked = []
+    return measure
+
+
+def test_what_is_only_compiled_for_takes_the_kernel_of_the_device_where_it_can_serve() -> None:
     assert choose("auto", CPU) == "plain"
     assert choose("auto", H100) == "cudnn"
     assert choose("auto", TPU) == "splash"
@@ -35,6 +60,110 @@ def test_auto_takes_the_kernel_of_the_device_where_it_can_serve() -> None:
     assert choose("auto", H100, model__block_size=64) == "cudnn"
     assert choose("auto", H100, "float32") == choose("auto", V100) == "plain"
     assert choose("auto", H100, model__n_embd=20) == choose("auto", H100, model__n_embd=512) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "plain", "chosen"),
+    [(1.0, 2.0, "cudnn"), (2.0, 1.0, "plain"), (1.049, 1.0, "cudnn"), (1.051, 1.0, "plain")],
+)
+def test_auto_takes_the_fastest_and_of_two_alike_the_kernel(
+    kernel: float, plain: float, chosen: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    measure = taking(cudnn=kernel, plain=plain)
+    assert choose("auto", H100, measure=measure) == chosen
+    assert measure.asked == ["cudnn", "plain"]
+    said = f"attention: {chosen} (forward and backward: cudnn {1e3 * kernel:.3f} ms, plain {1e3 * plain:.3f} ms)\n"
+    assert capfd.readouterr() == (said, "")
+
+
+def test_a_form_that_fails_is_passed_over_and_said_so(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    refused, full = RuntimeError("CUDNN_STATUS:\nnot supported"), MemoryError("full")
+    assert choose("auto", TPU, measure=taking(splash=refused, plain=1.0)) == "plain"
+    assert caplog.messages == ["train.attention=auto passes splash over: RuntimeError: CUDNN_STATUS: not supported"]
+    assert choose("auto", TPU, measure=taking(splash=1.0, plain=full)) == "splash"
+    assert caplog.messages[1:] == ["train.attention=auto passes plain over: MemoryError: full"]
+    assert choose("auto", TPU, measure=taking(splash=refused, plain=full)) == "plain"
+    assert capfd.readouterr().out.splitlines() == [
+        "attention: plain (forward and backward: plain 1000.000 ms)",
+        "attention: splash (forward and backward: splash 1000.000 ms)",
+        "attention: plain (forward and backward: nothing could be measured)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "chosen"),
+    [("plain", H100, "plain"), ("cudnn", H100, "cudnn"), ("splash", TPU, "splash"), ("auto", CPU, "plain")],
+)
+def test_a_name_is_not_measured_nor_is_what_has_no_kernel(
+    wanted: str, device: Any, chosen: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    measure = taking()
+    assert choose(wanted, device, measure=measure) == chosen
+    assert measure.asked == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_trainer_measures_a_devices_share_where_its_devices_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The devices of a plan are not here: nothing is measured, by any name."""
+    shares = []
+
+    def seconds(form: str, shape_BHTD: tuple[int, ...], dtype: jnp.dtype) -> float:
+        shares.append((form, shape_BHTD, dtype))
+        return 1.0 if form == "cudnn" else 2.0
+
+    monkeypatch.setattr(attention, "seconds", seconds)
+    monkeypatch.setattr(attention, "why_not", lambda *_: None)
+    changes = dict(model__n_head=4, model__n_embd=64, train__batch_size=16, train__gradient_accumulation_steps=2)
+    config = tiny_config(**changes, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    trainer = Trainer(config)
+    assert trainer.attention == trainer.model("float").attention == "cudnn"
+    expected = ((2, 2, 8, 16), jnp.float32)  # 16 sequences in two parts, over 2 x 2 devices; 4 heads over 2
+    assert shares == [("cudnn", *expected), ("plain", *expected)]
+    assert trainer.stored_as(True).attention == "cudnn"
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: [])
+    assert Trainer(config, devices).attention == "cudnn"
+    assert len(shares) == 2
+
+
+@pytest.mark.parametrize("form", ["plain", "splash"])
+def test_measuring_runs_a_form_and_its_gradient(form: str) -> None:
+    with quick_compilation():
+        assert 0 < attention.seconds(form, (1, 2, 128, 8), jnp.dtype("bfloat16"), interpret=True) < math.inf
+
+
+PROCESS = """
+import sys
+from types import SimpleNamespace
+import jax.numpy as jnp
+from picogpt_jax import attention, distributed
+from tiny import tiny_config
+index = int(sys.argv[2])
+distributed.initialize(sys.argv[1], 2, index)
+device = SimpleNamespace(platform="gpu", device_kind="", compute_capability="9.0")
+model = tiny_config(model__dropout=0.0).model
+def never(form):
+    raise AssertionError("only the first process measures")
+for fast in ("cudnn", "plain"):
+    times = dict(cudnn=1.0, plain=1.0) | {fast: 0.5}
+    measure = times.__getitem__ if index == 0 else never
+    print("chosen:", attention.choose("auto", model, jnp.dtype("bfloat16"), device, measure))
+"""
+
+
+def test_the_first_process_measures_for_all(tmp_path: Path) -> None:
+    site = Site(tmp_path, tmp_path)
+    address, search = f"localhost:{free_port()}", os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    started = [
+        site._popen([sys.executable, "-c", PROCESS, address, str(i)], site.environment(1, PYTHONPATH=search))
+        for i in (0, 1)
+    ]
+    with ended(*started):
+        answers = [finish(process)[0] for process in started]
+    assert [re.findall("^chosen: (.*)", answer, re.MULTILINE) for answer in answers] == [["cudnn", "plain"]] * 2
+    assert [answer.count("attention: ") for answer in answers] == [2, 0], "one line a choice, of the first process"
 
 
 @pytest.mark.parametrize(

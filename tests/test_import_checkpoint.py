@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from test_torch_int8_checkpoint import picogpt_file
 from tiny import VOCABULARY, quick_compilation, tiny_config, write_data
 
 from configs.base import get_config
-from picogpt_jax import convert
+from picogpt_jax import attention, convert
 from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.convert import float_arrays
 from picogpt_jax.errors import UserError
@@ -159,6 +160,15 @@ def test_a_workdir_gives_its_best_parameters_and_its_configuration(tmp_path: Pat
     jax.tree.map(np.testing.assert_array_equal, source.params, written[8])
     assert (source.step, source.val_loss, source.qat) == (8, 1.25, True)
     assert source.run == load_float(tmp_path / "old").run
+
+
+def test_a_run_with_the_attention_of_another_device_is_read_here(tmp_path: Path) -> None:
+    with mock.patch.object(attention, "why_not", return_value=None):  # as on a TPU
+        write_run(tmp_path / "old", {4: 1.5}, train__attention="splash")
+    import_to(tmp_path / "run", tmp_path / "old")
+    run = load_float(tmp_path / "run").run
+    assert run is not None
+    assert run.train.attention == "splash"
 
 
 def test_picogpts_int8_file_becomes_a_workdir(tmp_path: Path, data_dir: Path) -> None:

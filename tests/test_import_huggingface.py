@@ -136,6 +136,34 @@ def test_a_pytorch_file_is_read_too(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, tensors[name], err_msg=name, strict=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["one file", "shards", "pytorch"])
+def test_half_precision_is_widened_exactly(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+    network = random_gpt2().to(dtype)
+    network.transformer.wpe.weight.data[0, :3] = torch.tensor([-0.0, 2.0**-24, 5.0])  # float16's smallest, not normal
+    network.transformer.h[0].ln_1.float()  # the others are of another type
+    source = network.state_dict()
+    network.save_pretrained(tmp_path, max_shard_size="20KB" if layout == "shards" else "1GB")
+    if layout == "pytorch":
+        torch.save(source, tmp_path / "pytorch_model.bin")
+        (tmp_path / TENSORS).unlink()
+    for name, array in load_huggingface(tmp_path)[1].items():
+        expected = source[name].double().numpy()  # which every value of the three types is exactly in
+        expected = expected.T if expected.ndim == 2 and ".h." in name else expected
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array.astype(np.float64), expected, err_msg=name, strict=True)
+        np.testing.assert_array_equal(np.signbit(array), np.signbit(expected), err_msg=name)
+    assert source["transformer.wte.weight"].dtype == dtype
+
+
+def test_what_float16_could_not_hold_is_refused(tmp_path: Path) -> None:
+    network = random_gpt2()
+    network.transformer.wpe.weight.data[0, 0] = 1e6
+    network.half().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"wpe\.weight holds values that are not finite"):
+        load_huggingface(tmp_path)
+
+
 def test_linked_files_are_read(folder: Path, tmp_path: Path) -> None:
     """As the cache of the Hub lays its files out."""
     (tmp_path / "snapshot").mkdir()
@@ -192,8 +220,8 @@ def test_another_architecture_is_refused(folder: Path, change: dict[str, Any], m
         ),
         (lambda tensors: tensors["transformer.wpe.weight"].fill(np.nan), "wpe.weight holds values that are not finite"),
         (
-            lambda tensors: tensors.update({"transformer.wpe.weight": np.ones((16, 32), np.float16)}),
-            r"wpe.weight is F16 \[16, 32\]; expected float32",
+            lambda tensors: tensors.update({"transformer.wpe.weight": np.ones((16, 32), np.float64)}),
+            r"wpe.weight is F64 \[16, 32\]; expected float32",
         ),
         (
             lambda tensors: tensors.update({"transformer.h.0.mlp.c_fc.weight": np.ones((128, 32), np.float32)}),

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,8 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, load: Callable[[Path], object]
     for zipped in (True, False):
         torch.save({"model": Malicious(tmp_path / "pwned")}, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(
-            UserError, match=r"m\.pt (cannot be read as tensors and plain values|is no PyTorch checkpoint)"
+            UserError,
+            match=r"m\.pt (cannot be read as tensors and plain values|is in the format that PyTorch wrote before)",
         ):
             load(tmp_path / "m.pt")
         assert not (tmp_path / "pwned").exists()
@@ -129,3 +131,28 @@ def test_an_unsafe_torch_is_refused(int8_file: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(UserError, match=r"torch 2.9.1\+cpu .*CVE-2026-24747.*install torch >= 2.10"):
         load_int8_checkpoint(int8_file)
+
+
+def test_a_file_from_before_pytorch_1_6_says_how_to_write_it_anew(float_file: Path) -> None:
+    before = load_float_checkpoint(float_file)
+    torch.save(torch.load(float_file, weights_only=True), float_file, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        UserError, match=r"ckpt\.pt is in the format that PyTorch wrote before 1\.6, .* safetensors"
+    ) as told:
+        load_float_checkpoint(float_file)
+    python, option, code = shlex.split(str(told.value).partition("write it again: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
+    after = load_float_checkpoint(float_file)
+    for name, array in before.tensors.items():
+        np.testing.assert_array_equal(after.tensors[name], array, err_msg=name, strict=True)
+
+
+def test_half_precision_is_no_checkpoint_of_nanogpts(float_file: Path) -> None:
+    content = torch.load(float_file, weights_only=True)
+    content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
+    torch.save(content, float_file)
+    with pytest.raises(
+        UserError, match=r"is torch\.float16 .*; expected one of \(torch\.float32, torch\.int8, torch\.int64\)"
+    ):
+        load_float_checkpoint(float_file)
