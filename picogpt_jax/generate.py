@@ -6,13 +6,15 @@ Shapes: B streams, T time, V vocabulary.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
@@ -27,7 +29,26 @@ from picogpt_jax.model import GPT, KVCache
 from picogpt_jax.sharding import batch_sharding, make_mesh, replicated
 
 Overflow = Literal["slide", "refill"]
-TOKENS_PER_DISPATCH = 64  # at most; what has been drawn is streamed after each dispatch
+# What has been drawn is streamed after each dispatch. Entering the compiled loop costs as much as many tokens, so the
+# pieces grow for as long as one takes no longer than a reader would notice.
+FIRST_PIECE, GROWTH, PIECE_SECONDS = 8, 4, 0.25
+TOKENS_PER_DISPATCH = 512  # at most, and no more than `NOISE_VALUES` allow
+NOISE_VALUES = 1 << 24  # float32, so 64 MB
+
+
+@struct.dataclass
+class Context:
+    """What the model has seen of each stream.
+
+    Attributes:
+        tokens: by position; what lies beyond `cache.length` is not read.
+        cache: their keys and values. Where the window slides they are left behind, but for their number.
+        logits: of the next token.
+    """
+
+    tokens: Int[Array, "B T"]
+    cache: KVCache
+    logits: Float[Array, "B V"]
 
 
 class Generator:
@@ -51,11 +72,13 @@ class Generator:
         self.block_size = model.config.block_size
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         self._prefill = jax.jit(self._prefill_impl, compiler_options=compiler_options())
-        self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3))
-        options: dict[str, Any] = dict(static_argnames="top_k", compiler_options=compiler_options())
-        self._decode = jax.jit(self._decode_impl, donate_argnums=1, **options)
-        self._slide = jax.jit(self._slide_impl, **options)
-        self._draw = jax.jit(draw, **options)
+        self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
+        self._extend = jax.jit(
+            self._extend_impl,
+            static_argnames=("top_k", "overflow"),
+            donate_argnums=1,
+            compiler_options=compiler_options(),
+        )
 
     @classmethod
     def from_int8(cls, model: Int8Model, mesh: Mesh | None = None) -> "Generator":
@@ -102,40 +125,54 @@ class Generator:
             )
         if not (math.isfinite(temperature) and temperature >= 0):
             raise UserError(f"temperature={temperature} is not a finite number >= 0")
-        top_k = top_k if top_k and top_k < self.model.config.vocab_size else None
-        key, heat = jax.random.key(seed), jnp.float32(temperature)
-        text_BT = np.asarray(prompt_BT, np.int32)
-        end = text_BT.shape[1] + max_new_tokens
-        variables, mesh = self._split_streams(len(text_BT))
-        place = batch_sharding(mesh)
-        logits_BV, cache, filled = self._fill(variables, text_BT[:, -self.block_size :], place)
-        noise_from = -TOKENS_PER_DISPATCH  # the index of the token that the noise at hand begins with
-        while text_BT.shape[1] < end:
-            if text_BT.shape[1] - noise_from >= TOKENS_PER_DISPATCH:
-                noise_from = text_BT.shape[1]
-                noise_NBV = self._noise(key, jnp.int32(noise_from), len(text_BT), self.model.config.vocab_size)
-                noise_NBV = jax.device_put(noise_NBV, batch_sharding(mesh, 1))
-            used = text_BT.shape[1] - noise_from
-            count = min(end - text_BT.shape[1], TOKENS_PER_DISPATCH - used)
-            if filled < self.block_size:
-                count = min(count, self.block_size - filled)
-                new_BN, logits_BV, cache = self._decode(
-                    variables, cache, logits_BV, noise_NBV, used, count, heat, top_k=top_k
-                )
-                filled += count
-            elif overflow == "slide":
-                window_BT = jax.device_put(text_BT[:, -self.block_size :], place)
-                new_BN = self._slide(variables, window_BT, noise_NBV, used, count, heat, top_k=top_k)
-            else:
-                count, keep = 1, max(self.block_size // 2, 1)
-                new_BN = self._draw(logits_BV, noise_NBV[used], heat, top_k=top_k)[:, None]
-                window_BT = np.concatenate([text_BT, np.asarray(new_BN)], axis=1)[:, -keep:]
-                logits_BV, cache, filled = self._fill(variables, window_BT, place)
-            piece_BN = np.asarray(new_BN)[:, :count]
-            text_BT = np.concatenate([text_BT, piece_BN], axis=1)
+        pieces = [np.asarray(prompt_BT, np.int32)]
+        for piece_BN in self._pieces(pieces[0], max_new_tokens, temperature, top_k, seed, overflow):
+            pieces.append(piece_BN)
             if stream is not None:
                 stream(piece_BN)
-        return text_BT
+        return np.concatenate(pieces, axis=1)
+
+    def _pieces(
+        self,
+        prompt_BT: npt.NDArray[np.int32],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        seed: int,
+        overflow: Overflow,
+    ) -> Iterator[npt.NDArray[np.int32]]:
+        """The new tokens, [B, n] at a time; a piece is read while the next one is being computed."""
+        streams, prompt_length = prompt_BT.shape
+        vocab_size = self.model.config.vocab_size
+        end = prompt_length + max_new_tokens
+        variables, mesh = self._split_streams(streams)
+        options: dict[str, Any] = dict(
+            top_k=top_k if top_k and top_k < vocab_size else None,
+            overflow=overflow if end > self.block_size else None,  # what is never needed is not compiled
+        )
+        key, heat = jax.random.key(seed), jnp.float32(temperature)
+        n_noise = max(1, min(TOKENS_PER_DISPATCH, NOISE_VALUES // (streams * vocab_size)))
+        noise_from = -n_noise  # the index of the token that the noise at hand begins with
+        wanted, index, unread = FIRST_PIECE, prompt_length, None
+        context = self._fill(variables, prompt_BT[:, -self.block_size :], batch_sharding(mesh))
+        began = time.perf_counter()
+        while index < end:
+            if index - noise_from >= n_noise:
+                noise_from = index
+                noise_NBV = self._noise(key, jnp.int32(index), n_noise, streams, vocab_size)
+                noise_NBV = jax.device_put(noise_NBV, batch_sharding(mesh, 1))
+            used = index - noise_from
+            count = min(wanted, end - index, n_noise - used)
+            new_BN, context = self._extend(variables, context, noise_NBV, used, count, heat, **options)
+            index += count
+            if unread is not None:
+                yield np.asarray(unread[0])[:, : unread[1]]
+                now = time.perf_counter()
+                wanted *= GROWTH if GROWTH * (now - began) < PIECE_SECONDS else 1
+                began = now
+            unread = new_BN, count
+        if unread is not None:
+            yield np.asarray(unread[0])[:, : unread[1]]
 
     def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], **options: Any) -> Any:
         with contextlib.nullcontext() if self.mesh is None else sharding.on(self.mesh):
@@ -155,76 +192,81 @@ class Generator:
             self._variables[count] = jax.device_put(self._variables[1], replicated(mesh))
         return self._variables[count], mesh
 
-    def _fill(
-        self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding
-    ) -> tuple[Float[Array, "B V"], KVCache, int]:
-        """A new cache with these tokens: (logits of the next one, the cache, tokens in it).
-
-        The tokens are padded to a power of two, so that prompts of any length need few compilations.
-        """
+    def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding) -> Context:
+        """A new context of these tokens, padded to a power of two: prompts of any length need few compilations."""
         length = tokens_BT.shape[1]
         padded = min(self.block_size, max(8, 1 << (length - 1).bit_length()))
         padded_BT = jax.device_put(np.pad(tokens_BT, ((0, 0), (0, padded - length))), place)
-        logits_BV, cache = self._prefill(variables, padded_BT, jnp.int32(length))
-        return logits_BV, cache, length
+        return self._prefill(variables, padded_BT, jnp.int32(length))
 
-    def _prefill_impl(
-        self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""]
-    ) -> tuple[Float[Array, "B V"], KVCache]:
+    def _prefill_impl(self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""]) -> Context:
         logits_BTV, cache = self._apply(variables, tokens_BT, keep_cache=True)
         # Padding has written keys beyond `length`; the next tokens overwrite them before they can be seen.
         logits_B1V = lax.dynamic_slice_in_dim(logits_BTV, length - 1, 1, axis=1)
-        return logits_B1V[:, 0], dataclasses.replace(cache, length=length)
+        return Context(self._padded(tokens_BT), dataclasses.replace(cache, length=length), logits_B1V[:, 0])
 
-    def _decode_impl(
+    def _padded(self, tokens_BT: Int[Array, "B T"]) -> Int[Array, "B S"]:
+        return jnp.pad(tokens_BT, ((0, 0), (0, self.block_size - tokens_BT.shape[1])))
+
+    def _extend_impl(
         self,
         variables: Any,
-        cache: KVCache,
-        logits_BV: Float[Array, "B V"],
+        context: Context,
         noise_NBV: Float[Array, "N B V"],
         used: Int[Array, ""],
         count: Int[Array, ""],
         temperature: Float[Array, ""],
         top_k: int | None,
-    ) -> tuple[Int[Array, "B N"], Float[Array, "B V"], KVCache]:
-        """Draws `count` tokens, each from the logits of the one before it, with the noise from `used` on."""
-        out_BN = jnp.zeros((logits_BV.shape[0], TOKENS_PER_DISPATCH), jnp.int32)
+        overflow: Overflow | None,
+    ) -> tuple[Int[Array, "B N"], Context]:
+        """Draws `count` tokens, each from the logits of the one before it, with the noise from `used` on.
 
-        def body(step: Int[Array, ""], carry: tuple[Array, Array, KVCache]) -> tuple[Array, Array, KVCache]:
-            out_BN, logits_BV, cache = carry
-            token_B = draw(logits_BV, noise_NBV[used + step], temperature, top_k)
-            out_BN = lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
-            logits_B1V, cache = self._apply(variables, token_B[:, None], cache=cache)
-            return out_BN, logits_B1V[:, 0], cache
+        Args:
+            overflow: what happens in a full context; None: it never gets full.
+        """
+        block_size = self.block_size
+        Carry = tuple[Array, Context]
 
-        return lax.fori_loop(0, count, body, (out_BN, logits_BV, cache))
+        def drawn(step: Int[Array, ""], carry: Carry) -> tuple[Array, Array]:
+            out_BN, context = carry
+            token_B1 = draw(context.logits, noise_NBV[used + step], temperature, top_k)[:, None]
+            return token_B1, lax.dynamic_update_slice_in_dim(out_BN, token_B1, step, axis=1)
 
-    def _slide_impl(
-        self,
-        variables: Any,
-        window_BT: Int[Array, "B T"],
-        noise_NBV: Float[Array, "N B V"],
-        used: Int[Array, ""],
-        count: Int[Array, ""],
-        temperature: Float[Array, ""],
-        top_k: int | None,
-    ) -> Int[Array, "B N"]:
-        """Draws `count` tokens, each by a full forward pass over the last block_size tokens."""
-        out_BN = jnp.zeros((window_BT.shape[0], TOKENS_PER_DISPATCH), jnp.int32)
+        def append(step: Int[Array, ""], carry: Carry) -> Carry:
+            token_B1, out_BN = drawn(step, carry)
+            tokens_BT, cache = carry[1].tokens, carry[1].cache
+            tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B1, cache.length, axis=1)
+            logits_B1V, cache = self._apply(variables, token_B1, cache=cache)
+            return out_BN, Context(tokens_BT, cache, logits_B1V[:, 0])
 
-        def body(step: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            out_BN, window_BT = carry
-            logits_B1V = self._apply(variables, window_BT, last_only=True)
-            token_B = draw(logits_B1V[:, 0], noise_NBV[used + step], temperature, top_k)
-            out_BN = lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
-            return out_BN, jnp.concatenate([window_BT[:, 1:], token_B[:, None]], axis=1)
+        def make_room(step: Int[Array, ""], carry: Carry) -> Carry:
+            token_B1, out_BN = drawn(step, carry)
+            keep = block_size if overflow == "slide" else max(block_size // 2, 1)
+            window_BT = jnp.concatenate([carry[1].tokens[:, block_size - keep + 1 :], token_B1], axis=1)
+            if overflow == "slide":
+                logits_B1V, cache = self._apply(variables, window_BT, last_only=True), carry[1].cache
+            else:
+                logits_B1V, cache = self._apply(variables, window_BT, keep_cache=True, last_only=True)
+            return out_BN, Context(self._padded(window_BT), cache, logits_B1V[:, 0])
 
-        return lax.fori_loop(0, count, body, (out_BN, window_BT))[0]
+        def go_on(state: tuple[Array, Carry]) -> tuple[Array, Carry]:
+            step, carry = state
+            full = jnp.minimum(count, step + block_size - carry[1].cache.length)
+            carry = lax.fori_loop(step, full, append, carry)
+            if overflow is None:
+                return full, carry
+            # A loop, though of one turn at most where there is room again, and no `cond`: what never changes is then
+            # computed outside of all loops.
+            past = count if overflow == "slide" else jnp.minimum(count, full + 1)
+            return past, lax.fori_loop(full, past, make_room, carry)
+
+        out_BN = jnp.zeros((len(context.logits), len(noise_NBV)), jnp.int32)
+        return lax.while_loop(lambda state: state[0] < count, go_on, (jnp.int32(0), (out_BN, context)))[1]
 
 
-def gumbel_noise(key: Array, index: Int[Array, ""], streams: int, vocab_size: int) -> Float[Array, "N B V"]:
-    """Gumbel noise for the tokens at index, index + 1, ...: that of index i depends on `fold_in(key, i)` alone."""
-    keys_N = jax.vmap(lambda step: jax.random.fold_in(key, index + step))(jnp.arange(TOKENS_PER_DISPATCH))
+def gumbel_noise(key: Array, index: Int[Array, ""], count: int, streams: int, vocab_size: int) -> Float[Array, "N B V"]:
+    """Gumbel noise for the `count` tokens from `index` on: that of index i depends on `fold_in(key, i)` alone."""
+    keys_N = jax.vmap(lambda step: jax.random.fold_in(key, index + step))(jnp.arange(count))
     return jax.vmap(lambda key: jax.random.gumbel(key, (streams, vocab_size)))(keys_N)
 
 

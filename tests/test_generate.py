@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_int8_model import random_model
 
+from picogpt_jax import generate as generate_module
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.convert import FLOAT, params_from_arrays, serving_quant, serving_variables
 from picogpt_jax.devices import compiler_options
@@ -172,7 +173,7 @@ def test_a_mesh_splits_the_model_and_writes_the_same_text(sizes: tuple[int, int,
     scale = codes["h_0"]["attn"]["c_attn"]["kernel"].scale
     assert scale.addressable_shards[0].data.shape == (96 // tensor, 1)
     tokens = jax.device_put(jnp.zeros((STREAMS, 8), jnp.int32), batch_sharding(mesh))
-    _, cache = split._prefill(split._variables[1], tokens, jnp.int32(8))
+    cache = split._prefill(split._variables[1], tokens, jnp.int32(8)).cache
     assert {array.addressable_shards[0].data.shape for array in jax.tree.leaves(cache.layers)} == {
         (STREAMS // (data * fsdp), 4 // tensor, BLOCK, 8)
     }
@@ -208,6 +209,16 @@ def test_the_pieces_are_the_text_whatever_its_length(overflow: Overflow) -> None
     np.testing.assert_array_equal(generate(count - 50), text[:, :-50])
 
 
+def test_little_memory_for_noise_does_not_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a large vocabulary it is drawn for few tokens at a time."""
+    generate = functools.partial(generator("float").generate, prompts(STREAMS, 3), 2 * BLOCK, overflow="refill")
+    text = generate()
+    monkeypatch.setattr(generate_module, "NOISE_VALUES", 3 * STREAMS * VOCAB_SIZE)
+    pieces: list[np.ndarray] = []
+    np.testing.assert_array_equal(generate(stream=pieces.append), text)
+    assert max(piece.shape[1] for piece in pieces) == 3
+
+
 def test_no_new_tokens_leave_the_prompt() -> None:
     pieces: list[np.ndarray] = []
     prompt = prompts(1, BLOCK + 4)
@@ -236,7 +247,7 @@ def test_a_wide_top_k_is_none() -> None:
 def test_tokens_are_drawn_with_their_probability(temperature: float, top_k: int | None) -> None:
     logits = np.array([1.0, 2.0, 0.0, -1.0, 1.5], np.float32)
     draws = 4000
-    noise_NBV = gumbel_noise(jax.random.key(0), jnp.int32(7), draws, len(logits))
+    noise_NBV = gumbel_noise(jax.random.key(0), jnp.int32(7), 1, draws, len(logits))
     tokens = draw(jnp.tile(logits, (draws, 1)), noise_NBV[0], jnp.float32(temperature), top_k)
     weights = np.exp(logits / temperature)
     if top_k is not None:
