@@ -234,6 +234,7 @@ class Checkpoints:
         return self._restore(lambda _: abstract_state, step)
 
     def _restore(self, abstract_state_of: Callable[[dict[str, Any]], Any], step: int) -> Restored:
+        self.wait()  # for what is still being written
         where = self.folder / str(step)
         with together():
             meta, arrays = self._sealed(step)
@@ -306,6 +307,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: config, vocabulary, losses."""
+        self.wait()
         return self._sealed(step)[0]
 
 
@@ -317,13 +319,14 @@ def _read(reader: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
     leaves, tree = jax.tree.flatten(abstract_state)
     arrays = list(leaves)
     for part in _parts(leaves):
-        wanted = tree.unflatten(leaf if index in part else ocp.PLACEHOLDER for index, leaf in enumerate(leaves))
+        others_left_out = [leaf if index in part else ocp.PLACEHOLDER for index, leaf in enumerate(leaves)]
+        wanted = jax.tree.unflatten(tree, others_left_out)
         item = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
         found = jax.tree.leaves(reader.restore(step, args=ocp.args.Composite(state=item))["state"])
         for index in part:
             arrays[index] = found[index]
         gc.collect()  # the buffer that was read last hangs on a cycle
-    return tree.unflatten(arrays)
+    return jax.tree.unflatten(tree, arrays)
 
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
