@@ -34,10 +34,10 @@ FOLDER = "checkpoints"
 # In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
 IMPORTED = "imported"
 _POLICIES = preservation_policy
-# What may be on its way between arrays and the disk, beside the arrays themselves: encoded, decoded, copied.
-READ_BYTES = 32 << 20
-READ_SHARE = 32  # of a large state, a 32nd: each part costs a tenth of a second
-WRITE_BYTES = 128 << 20
+# What may be on its way between arrays and the disk at a time, or SHARE of a large state: a part costs a tenth of a
+# second. Beside the arrays it takes up to three times as much memory: encoded, decoded, copied.
+READ_BYTES, WRITE_BYTES = 32 << 20, 128 << 20
+SHARE = 1 / 32
 
 # What fails in the machine, and says nothing about the files.
 _PASSING = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT)
@@ -173,12 +173,13 @@ class Checkpoints:
             raise self._cannot_save(error, last) from error
 
     def _admit(self, state: Any) -> None:
-        """Makes the limit of what is written at a time as large as the largest array, which is written as one."""
-        largest = max(map(_shard_bytes, jax.tree.leaves(state)))
-        if largest >= self._write_bytes:
+        """Fits the limit of what is written at a time to a large state; an array's shard is written as a whole."""
+        arrays = jax.tree.leaves(state)
+        wanted = max(1 + max(map(_shard_bytes, arrays)), int(SHARE * sum(map(_local_bytes, arrays))))
+        if wanted > self._write_bytes:
             self.wait()
             self._manager.close()
-            self._write_bytes = largest + 1
+            self._write_bytes = wanted
             self._manager = self._open()
 
     def check(self) -> None:
@@ -331,8 +332,8 @@ def _read(reader: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
     """Groups arrays, by their indices, that are small enough to be read together."""
-    sizes = [_shard_bytes(leaf) * len(leaf.sharding.addressable_devices) for leaf in leaves]
-    limit = max(READ_BYTES, sum(sizes) // READ_SHARE)
+    sizes = list(map(_local_bytes, leaves))
+    limit = max(READ_BYTES, int(SHARE * sum(sizes)))
     parts: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -348,6 +349,11 @@ def _shard_bytes(array: Any) -> int:
     """The bytes of an array, or of its abstract counterpart, on one device."""
     shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape
     return math.prod(shape) * array.dtype.itemsize
+
+
+def _local_bytes(array: Any) -> int:
+    """Those on all devices of this process."""
+    return _shard_bytes(array) * (len(array.sharding.addressable_devices) if getattr(array, "sharding", None) else 1)
 
 
 def _check_passing(error: Exception, where: Path) -> None:
