@@ -9,12 +9,13 @@ of several processes all of them call everything here, and each writes and reads
 import contextlib
 import dataclasses
 import errno
+import gc
 import math
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +34,10 @@ FOLDER = "checkpoints"
 # In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
 IMPORTED = "imported"
 _POLICIES = preservation_policy
-
+# What may be on its way between arrays and the disk at a time, or SHARE of a large state: a part costs a tenth of a
+# second. Beside the arrays it takes up to three times as much memory: encoded, decoded, copied.
+READ_BYTES, WRITE_BYTES = 32 << 20, 128 << 20
+SHARE = 1 / 32
 
 # What fails in the machine, and says nothing about the files.
 _PASSING = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT)
@@ -74,8 +78,13 @@ class Checkpoints:
             with together():
                 if is_first():
                     self._check_metrics(remove=True)
+        self._keep, self._write_bytes = keep, WRITE_BYTES
+        self._manager = self._open()
+        self._saving: int | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
         policy = None
-        if keep is not None:
+        if (keep := self._keep) is not None:
             policy = _POLICIES.AnyPreservationPolicy(
                 [
                     _POLICIES.LatestN(n=keep),
@@ -91,8 +100,13 @@ class Checkpoints:
             cleanup_tmp_directories=keep is not None,
             multiprocessing_options=_all_processes() if keep is not None else _this_process(),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._saving: int | None = None
+        # Orbax's own handler would hold the whole state encoded until the last array is written.
+        handler = ocp.StandardCheckpointHandler(
+            save_concurrent_gb=self._write_bytes / 1e9, multiprocessing_options=options.multiprocessing_options
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add("state", ocp.args.StandardSave, handler)
+        return ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
 
     def _check_metrics(self, remove: bool) -> None:
         """Looks at the small files that Orbax reads when it starts, where a damaged one would end the program."""
@@ -146,6 +160,7 @@ class Checkpoints:
         self.check()
         if step in self.steps:
             return
+        self._admit(state)
         sealed = integrity.seal(meta, integrity.manifest(state))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
         metrics = None if val_loss is None else {"val_loss": val_loss, "crc32": _crc32(val_loss)}
@@ -156,6 +171,16 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=metrics)
         except Exception as error:
             raise self._cannot_save(error, last) from error
+
+    def _admit(self, state: Any) -> None:
+        """Fits the limit of what is written at a time to a large state; an array's shard is written as a whole."""
+        arrays = jax.tree.leaves(state)
+        wanted = max(1 + max(map(_shard_bytes, arrays)), int(SHARE * sum(map(_local_bytes, arrays))))
+        if wanted > self._write_bytes:
+            self.wait()
+            self._manager.close()
+            self._write_bytes = wanted
+            self._manager = self._open()
 
     def check(self) -> None:
         """Asks, without waiting, whether the last save has failed.
@@ -207,16 +232,23 @@ class Checkpoints:
         Raises:
             UserError: it is damaged, or holds another tree than the abstract one.
         """
+        return self._restore(lambda _: abstract_state, step)
+
+    def _restore(self, abstract_state_of: Callable[[dict[str, Any]], Any], step: int) -> Restored:
+        self.wait()  # for what is still being written
         where = self.folder / str(step)
         with together():
             meta, arrays = self._sealed(step)
+        try:
+            abstract_state = abstract_state_of(meta)
+        except UserError as error:
+            raise integrity.MisfitError(f"checkpoint {where} does not fit: {error}") from error
         if arrays is not None:
             integrity.check_fits(arrays, abstract_state, where)
         with together():
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             try:
                 with self._reader() as reader:
-                    state = reader.restore(step, args=items)["state"]
+                    state = _read(reader, step, abstract_state)
             except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
                 _check_passing(error, where)
                 raise UserError(f"checkpoint {where} is damaged or does not fit: {_shortened(error)}") from error
@@ -227,13 +259,13 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[ocp.CheckpointManager]:
         """A manager that waits for no other process: one that finds damage could not come to where they wait."""
-        if jax.process_count() == 1:
-            yield self._manager
-            return
         options = ocp.CheckpointManagerOptions(
             create=False, read_only=True, best_fn=_val_loss, best_mode="min", multiprocessing_options=_this_process()
         )
-        with ocp.CheckpointManager(self.folder, options=options) as manager:
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process())
+        registry.add("state", ocp.args.PyTreeRestore, handler)
+        with ocp.CheckpointManager(self.folder, options=options, handler_registry=registry) as manager:
             yield manager
 
     def _sealed(self, step: int) -> tuple[dict[str, Any], integrity.Manifest | None]:
@@ -245,8 +277,12 @@ class Checkpoints:
             _check_passing(error, self.folder / str(step))
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {_shortened(error)}") from error
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
+    def restore_latest(self, abstract_state_of: Callable[[dict[str, Any]], Any]) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is reported and removed. None where there is none.
+
+        Args:
+            abstract_state_of: what `restore` is to be given for a checkpoint, from what was stored beside its state:
+                not all need be of the same layout.
 
         Raises:
             UserError: there are checkpoints and none can be read, the newest is intact and holds another tree, or it
@@ -256,7 +292,7 @@ class Checkpoints:
         errors = []
         for step in reversed(steps):
             try:
-                restored = self.restore(abstract_state, step)
+                restored = self._restore(abstract_state_of, step)
             except (integrity.MisfitError, UnreadableError):
                 raise
             except UserError as error:
@@ -272,7 +308,52 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: config, vocabulary, losses."""
+        self.wait()
         return self._sealed(step)[0]
+
+
+def _read(reader: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
+    """Reads a state in parts: Orbax would hold all of it encoded, decoded and placed at the same time.
+
+    Shards of one array are read together, because they share the file's chunks where it was split otherwise.
+    """
+    leaves, tree = jax.tree.flatten(abstract_state)
+    arrays = list(leaves)
+    for part in _parts(leaves):
+        others_left_out = [leaf if index in part else ocp.PLACEHOLDER for index, leaf in enumerate(leaves)]
+        wanted = jax.tree.unflatten(tree, others_left_out)
+        item = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+        found = jax.tree.leaves(reader.restore(step, args=ocp.args.Composite(state=item))["state"])
+        for index in part:
+            arrays[index] = found[index]
+        gc.collect()  # the buffer that was read last hangs on a cycle
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
+    """Groups arrays, by their indices, that are small enough to be read together."""
+    sizes = list(map(_local_bytes, leaves))
+    limit = max(READ_BYTES, int(SHARE * sum(sizes)))
+    parts: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(index)
+        room -= size
+    return parts
+
+
+def _shard_bytes(array: Any) -> int:
+    """The bytes of an array, or of its abstract counterpart, on one device."""
+    shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape
+    return math.prod(shape) * array.dtype.itemsize
+
+
+def _local_bytes(array: Any) -> int:
+    """Those on all devices of this process."""
+    return _shard_bytes(array) * (len(array.sharding.addressable_devices) if getattr(array, "sharding", None) else 1)
 
 
 def _check_passing(error: Exception, where: Path) -> None:

@@ -4,6 +4,7 @@ The checksum is of the array's bits, not of a file's: it is the same on any mesh
 computed where the array lies, and it covers the whole way from a device to the disk and back.
 """
 
+import functools
 import json
 import zlib
 from collections.abc import Callable
@@ -45,15 +46,21 @@ def checksum(array: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits * (position | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-@jax.jit  # one program: several with sums over devices, under way at once on CPU, can wait for each other's threads
-def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
-    return {name: checksum(array) for name, array in arrays.items()}
+@functools.cache
+def compiled_checksums() -> Any:
+    """Name -> array to name -> checksum, in one program that needs no memory beside the arrays.
+
+    Several programs with sums over devices, under way at once on CPU, can wait for each other's threads. XLA for CPU
+    would write down every product, as large as its array, to add them up in windows.
+    """
+    options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda arrays: jax.tree.map(checksum, arrays), compiler_options=options)
 
 
 def manifest(state: Any) -> Manifest:
     """Describes every array of a tree. In several processes all must ask, because all compute it."""
     names = _names(state)
-    sums = _checksums(names)
+    sums = compiled_checksums()(names)
     return {
         name: {
             "shape": list(np.shape(array)),

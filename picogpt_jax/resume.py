@@ -1,6 +1,5 @@
 """Whether a workdir can be trained on, and where a training in it begins."""
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,10 @@ def begin(
     Returns:
         the state, its step, the best validation loss so far, and the step to resume the log at (None: a new log).
     """
-    restored = checkpoints.restore_latest(trainer.stored_as(_is_scanned(checkpoints)).abstract_state)
+    # Each checkpoint has its layers as the run had them that wrote it.
+    restored = checkpoints.restore_latest(
+        lambda meta: trainer.stored_as(Config.from_dict(meta["config"]).train.scan_layers).abstract_state
+    )
     if restored is None:
         if (workdir / "config.json").is_file():
             _say(f"{workdir} holds no checkpoint yet: starting at step 0")
@@ -42,14 +44,6 @@ def begin(
         return trainer.init(restored.state.params), 0, math.inf, None
     _say(f"resumed {workdir} at step {restored.step}")
     return trainer.adopt(restored.state), restored.step, restored.meta["best_val_loss"], restored.step
-
-
-def _is_scanned(checkpoints: checkpoint.Checkpoints) -> bool:
-    """Whether the newest checkpoint's layers are stacked."""
-    for step in reversed(checkpoints.steps):
-        with contextlib.suppress(UserError):  # a damaged one; restoring reports it
-            return Config.from_dict(checkpoints.meta(step)["config"]).train.scan_layers
-    return False
 
 
 def check_resumable(workdir: Path, config: Config, vocabulary: Vocabulary, resume: bool | None) -> None:

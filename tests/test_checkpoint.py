@@ -4,6 +4,8 @@ import gc
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
+from picogpt_jax import checkpoint
 from picogpt_jax.checkpoint import Checkpoints, abstract
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
@@ -80,7 +84,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_without_a_validation_the_newest_is_the_best(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.best_step() is None
-        assert checkpoints.restore_latest(ABSTRACT) is None
+        assert checkpoints.restore_latest(lambda _: ABSTRACT) is None
     save(tmp_path, {4: None, 7: None})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best_step() == 7
@@ -100,7 +104,7 @@ def test_an_older_step_can_be_saved_again_after_the_newer_ones_were_damaged(tmp_
     for step in (2, 3):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
     with Checkpoints(tmp_path, keep=5) as checkpoints:
-        restored = checkpoints.restore_latest(ABSTRACT)
+        restored = checkpoints.restore_latest(lambda _: ABSTRACT)
         assert restored is not None
         assert restored.step == 1
         checkpoints.save(2, state(20), {}, 5.0)
@@ -162,7 +166,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(
     newest = workdir / "checkpoints" / "2"
     DAMAGES[damage](newest)
     with Checkpoints(workdir, keep=5) as checkpoints:
-        restored = checkpoints.restore_latest(ABSTRACT)
+        restored = checkpoints.restore_latest(lambda _: ABSTRACT)
         assert restored is not None
         assert restored.step == 1
         assert checkpoints.steps == [1], "the damaged one is gone"
@@ -179,7 +183,7 @@ def test_nothing_is_removed_where_no_checkpoint_can_be_read(workdir: Path, damag
     before = files(workdir)
     message = r"checkpoint .*checkpoints/[12] is damaged"
     with pytest.raises(UserError, match=message), Checkpoints(workdir, keep=5) as checkpoints:
-        checkpoints.restore_latest(ABSTRACT)
+        checkpoints.restore_latest(lambda _: ABSTRACT)
     assert files(workdir) == before
 
 
@@ -260,8 +264,116 @@ def test_entries_that_do_not_fit_are_named_and_nothing_is_removed(workdir: Path)
     )
     with Checkpoints(workdir, keep=5) as checkpoints:
         with pytest.raises(UserError, match=message):
-            checkpoints.restore_latest(other)
+            checkpoints.restore_latest(lambda _: other)
         assert checkpoints.steps == [1, 2]
+
+
+def test_what_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state(1), {"note": "é1"}, 1.0)
+        assert checkpoints.meta(1) == {"note": "é1"}
+        checkpoints.save(2, state(2), {}, 1.0)
+        np.testing.assert_array_equal(checkpoints.restore(ABSTRACT, 2).state["kernel"], state(2)["kernel"])
+        checkpoints.save(3, state(3), {}, 1.0)
+        restored = checkpoints.restore_latest(lambda _: ABSTRACT)
+        assert restored is not None
+        assert restored.step == 3
+
+
+def test_an_array_larger_than_what_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WRITE_BYTES", 100)
+    save(tmp_path, {1: 2.0, 2: 1.0})
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            np.testing.assert_array_equal(checkpoints.restore(ABSTRACT, step).state["kernel"], state(step)["kernel"])
+
+
+def test_a_state_is_read_in_parts(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    restore = ocp.CheckpointManager.restore
+
+    def spy(self: Any, step: int, args: Any) -> Any:
+        if "state" in args:
+            read.append([name for name, leaf in args["state"].item.items() if leaf is not ocp.PLACEHOLDER])
+        return restore(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", spy)
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 1)
+    with Checkpoints(workdir) as checkpoints:
+        restored = checkpoints.restore(ABSTRACT, 2).state
+    assert read == [["kernel"], ["step"]]
+    np.testing.assert_array_equal(restored["kernel"], state(2)["kernel"])
+    assert restored["step"] == 2
+
+
+MEASURED = """
+import os, sys
+import jax, numpy as np
+from pathlib import Path
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from picogpt_jax import integrity
+from picogpt_jax.checkpoint import Checkpoints
+
+def mib(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+
+with Checkpoints(Path(sys.argv[2]) / f"first{os.getpid()}", keep=1) as checkpoints:  # what is done and kept once
+    checkpoints.save(1, {"x": np.zeros(4, np.float32)}, {}, 1.0)
+    alone = SingleDeviceSharding(jax.devices()[0])
+    checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), np.float32, sharding=alone)}, 1)
+what, folder, n_devices, spec = sys.argv[1], sys.argv[2], int(sys.argv[3]), PartitionSpec(*eval(sys.argv[4]))
+place = NamedSharding(jax.make_mesh((n_devices,), ("x",), devices=jax.devices()[:n_devices]), spec)
+names = [f"{index:02}" for index in range(48)]
+shape = (1024, 2048)
+if what == "save":
+    random = np.random.default_rng(0)
+    state = {name: jax.device_put(random.standard_normal(shape, np.float32), place) for name in names}
+    integrity.manifest(state)
+    step = jax.jit(lambda state: jax.tree.map(lambda array: array * 1.01, state), donate_argnums=0)
+    state = jax.block_until_ready(step(state))
+else:
+    state = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place) for name in names}
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = mib("VmRSS")
+with Checkpoints(folder, keep=1 if what == "save" else None) as checkpoints:
+    if what == "save":
+        checkpoints.save(1, state, {}, 1.0)
+        state = jax.block_until_ready(step(state))  # training goes on
+    else:
+        kept = checkpoints.restore(state, 1)
+print((mib("VmHWM") - before) / (4 * 1024 * 2048 * len(names) / 2**20))
+"""
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Peak memory of programs of their own, beyond what they began with, as a multiple of a state of 384 MiB."""
+    folder = str(tmp_path_factory.mktemp("large"))
+
+    def peak(what: str, n_devices: int, spec: str) -> float:
+        command = [sys.executable, "-c", MEASURED, what, folder, str(n_devices), spec]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    return {
+        "save": peak("save", 4, "['x']"),
+        "restore, split otherwise": peak("restore", 4, "[None, 'x']"),
+        "restore, on one device": peak("restore", 1, "[]"),
+    }
+
+
+def test_a_restore_holds_one_copy(peaks: dict[str, float]) -> None:
+    """The state itself, and what is on its way: without the parts, or the checksums written down, it is two."""
+    restores = {what: peak for what, peak in peaks.items() if what.startswith("restore")}
+    assert max(restores.values()) < 1.45, restores
+    assert min(restores.values()) > 0.95, restores
+
+
+def test_a_save_holds_one_copy(peaks: dict[str, float]) -> None:
+    """That of the step saved, while the next is computed, and what is on its way."""
+    assert peaks["save"] < 1.6
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be saved
@@ -277,7 +389,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(workdir: Path, monke
         steps = checkpoints.steps
         monkeypatch.setattr(ocp.CheckpointManager, "restore", away)
         with pytest.raises(UserError, match=rf"{steps[-1]} cannot be read now: .*start again later"):
-            checkpoints.restore_latest(ABSTRACT)
+            checkpoints.restore_latest(lambda _: ABSTRACT)
         assert checkpoints.steps == steps
 
 
@@ -304,7 +416,7 @@ def test_a_failed_background_save_is_reported_without_another_save(workdir: Path
         pytest.fail("the error was never reported")
     with Checkpoints(workdir, keep=5) as checkpoints:
         assert checkpoints.steps == [1, 2]
-        restored = checkpoints.restore_latest(ABSTRACT)
+        restored = checkpoints.restore_latest(lambda _: ABSTRACT)
         assert restored is not None
         assert restored.step == 2
 

@@ -43,6 +43,14 @@ def test_one_changed_element_changes_the_checksum(dtype: Any) -> None:
     assert int(integrity.checksum(array.at[jnp.array([0, 1])].set(array[jnp.array([1, 0])]))) != before, "two swapped"
 
 
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "tensor")])
+def test_checksums_need_no_memory(spec: PartitionSpec) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), 8)
+    array = jax.ShapeDtypeStruct((4096, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
+    compiled = integrity.compiled_checksums().lower({"one": array, "other": array}).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1024
+
+
 STATE = {"params": {"wte": jnp.ones((3, 2)), "step": jnp.int32(4)}}
 
 

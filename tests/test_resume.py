@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import VOCABULARY, tiny_config
+from tiny import VOCABULARY, quick_compilation, same, tiny_config
 
 from picogpt_jax.checkpoint import Checkpoints
 from picogpt_jax.errors import UserError
@@ -110,3 +110,35 @@ def test_a_damaged_newest_checkpoint_is_no_import(resumable: Callable[..., None]
     resumable()
     with pytest.raises(UserError, match="holds a run with another configuration"):
         resumable(optimizer__learning_rate=0.02)
+
+
+def test_a_damaged_checkpoint_and_an_older_one_of_another_layer_layout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The layers are stacked in the newer one, which cannot be read; the run goes on in either layout."""
+    config = {scan: tiny_config("data", train__scan_layers=scan) for scan in (False, True)}
+    trainer = {scan: Trainer(config[scan]) for scan in config}
+    with quick_compilation(), Checkpoints(tmp_path, keep=2) as checkpoints:
+        older = trainer[False].init()
+        expected = {False: older, True: trainer[True].adopt(older)}
+        checkpoints.save(4, older, {"config": config[False].to_dict(), "best_val_loss": 1.5}, 1.5)
+        checkpoints.save(8, expected[True], {"config": config[True].to_dict(), "best_val_loss": 1.0}, 1.0)
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "checkpoints/8/state")
+        for scan in (True, False):
+            state, step, best, resume_step = begin(trainer[scan], checkpoints, tmp_path)
+            assert (step, best, resume_step) == (4, 1.5, 4)
+            assert same(state, expected[scan])
+    assert caplog.text.count("trying the one before it") == 1, "the damaged one was removed"
+
+
+def test_a_checkpoint_whose_configuration_is_not_known_is_left_alone(tmp_path: Path) -> None:
+    """Such as one of a later version: no damage, and no reason to go back to an older one."""
+    later = tiny_config("data").to_dict()
+    later["train"]["invented_later"] = 1
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(4, {"x": np.zeros(1)}, {"config": tiny_config("data").to_dict(), "best_val_loss": 1.5}, 1.5)
+        checkpoints.save(8, {"x": np.zeros(1)}, {"config": later, "best_val_loss": 1.0}, 1.0)
+        with pytest.raises(UserError, match=r"checkpoints/8 does not fit: train has unknown keys \['invented_later'\]"):
+            begin(Trainer(tiny_config("data")), checkpoints, tmp_path)
+        assert checkpoints.steps == [4, 8]
