@@ -10,11 +10,8 @@ import contextlib
 import dataclasses
 import errno
 import gc
-import math
 import os
-import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from picogpt_jax import integrity
 from picogpt_jax.distributed import is_first, is_lost, together
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import read_json
+from picogpt_jax.sharding import local_bytes, shard_bytes
 
 FOLDER = "checkpoints"
 # In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
@@ -73,11 +70,11 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}; give another --workdir") from None
         if keep is None:
-            self._check_metrics(remove=False)
+            integrity.check_metrics(self.folder, remove=False)
         else:
             with together():
                 if is_first():
-                    self._check_metrics(remove=True)
+                    integrity.check_metrics(self.folder, remove=True)
         self._keep, self._write_bytes = keep, WRITE_BYTES
         self._manager = self._open()
         self._saving: int | None = None
@@ -88,13 +85,15 @@ class Checkpoints:
             policy = _POLICIES.AnyPreservationPolicy(
                 [
                     _POLICIES.LatestN(n=keep),
-                    _POLICIES.BestN(get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+                    _POLICIES.BestN(
+                        get_metric_fn=integrity.val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                    ),
                 ]
             )
         options = ocp.CheckpointManagerOptions(
             create=False,  # it exists: Orbax would wait for the other processes on the devices
             read_only=keep is None,
-            best_fn=_val_loss,
+            best_fn=integrity.val_loss,
             best_mode="min",
             preservation_policy=policy,
             cleanup_tmp_directories=keep is not None,
@@ -107,24 +106,6 @@ class Checkpoints:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.StandardSave, handler)
         return ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
-
-    def _check_metrics(self, remove: bool) -> None:
-        """Looks at the small files that Orbax reads when it starts, where a damaged one would end the program."""
-        damaged = {}
-        for path in self.folder.glob("*/metrics/metrics"):
-            try:
-                _val_loss(read_json(path))
-            except (UserError, KeyError, TypeError) as error:
-                damaged[path.parents[1]] = error
-        if not damaged:
-            return
-        reasons = "; ".join(f"checkpoint {folder} is damaged: {error}" for folder, error in damaged.items())
-        others = [folder for folder in self.folder.iterdir() if folder.name.isdecimal() and folder not in damaged]
-        if not remove or not others:
-            raise UserError(f"{reasons}; remove the folder to go on without it")
-        logging.error("%s; trying the one before it", reasons)
-        for folder in damaged:
-            shutil.rmtree(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +144,7 @@ class Checkpoints:
         self._admit(state)
         sealed = integrity.seal(meta, integrity.manifest(state))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
-        metrics = None if val_loss is None else {"val_loss": val_loss, "crc32": _crc32(val_loss)}
+        metrics = None if val_loss is None else integrity.metrics(val_loss)
         last, self._saving = self._last(), step
         try:
             if not self.folder.is_dir():
@@ -175,7 +156,7 @@ class Checkpoints:
     def _admit(self, state: Any) -> None:
         """Fits the limit of what is written at a time to a large state; an array's shard is written as a whole."""
         arrays = jax.tree.leaves(state)
-        wanted = max(1 + max(map(_shard_bytes, arrays)), int(SHARE * sum(map(_local_bytes, arrays))))
+        wanted = max(1 + max(map(shard_bytes, arrays)), int(SHARE * sum(map(local_bytes, arrays))))
         if wanted > self._write_bytes:
             self.wait()
             self._manager.close()
@@ -260,7 +241,11 @@ class Checkpoints:
     def _reader(self) -> Iterator[ocp.CheckpointManager]:
         """A manager that waits for no other process: one that finds damage could not come to where they wait."""
         options = ocp.CheckpointManagerOptions(
-            create=False, read_only=True, best_fn=_val_loss, best_mode="min", multiprocessing_options=_this_process()
+            create=False,
+            read_only=True,
+            best_fn=integrity.val_loss,
+            best_mode="min",
+            multiprocessing_options=_this_process(),
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process())
@@ -332,7 +317,7 @@ def _read(reader: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
     """Groups arrays, by their indices, that are small enough to be read together."""
-    sizes = list(map(_local_bytes, leaves))
+    sizes = list(map(local_bytes, leaves))
     limit = max(READ_BYTES, int(SHARE * sum(sizes)))
     parts: list[list[int]] = []
     room = 0
@@ -343,17 +328,6 @@ def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
         parts[-1].append(index)
         room -= size
     return parts
-
-
-def _shard_bytes(array: Any) -> int:
-    """The bytes of an array, or of its abstract counterpart, on one device."""
-    shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape
-    return math.prod(shape) * array.dtype.itemsize
-
-
-def _local_bytes(array: Any) -> int:
-    """Those on all devices of this process."""
-    return _shard_bytes(array) * (len(array.sharding.addressable_devices) if getattr(array, "sharding", None) else 1)
 
 
 def _check_passing(error: Exception, where: Path) -> None:
@@ -378,19 +352,6 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree, shardings
     )
-
-
-def _val_loss(metrics: dict[str, float]) -> float:
-    val_loss = metrics["val_loss"]
-    if not isinstance(val_loss, float | int) or not math.isfinite(val_loss):
-        raise TypeError(f"a validation loss of {val_loss!r}")
-    if "crc32" in metrics and metrics["crc32"] != _crc32(val_loss):  # older checkpoints have none
-        raise TypeError(f"a validation loss of {val_loss!r}, which is not the one that was saved")
-    return val_loss
-
-
-def _crc32(val_loss: float) -> int:
-    return zlib.crc32(repr(float(val_loss)).encode())
 
 
 def _shortened(error: Exception) -> str:

@@ -6,18 +6,23 @@ computed where the array lies, and it covers the whole way from a device to the 
 
 import functools
 import json
+import math
+import shutil
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import lax
 from jaxtyping import Array, UInt32
 
 from picogpt_jax.distributed import AgreedError
 from picogpt_jax.errors import UserError
+from picogpt_jax.files import read_json
 
 Manifest = dict[str, dict[str, Any]]  # name of an array -> {"shape", "dtype", "checksum"}
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # bytes of an element -> its bits
@@ -126,6 +131,52 @@ def unseal(sealed: Any) -> tuple[dict[str, Any], Manifest | None]:
     if not intact:
         raise UserError("the meta data are not those that were saved")
     return content["meta"], content["arrays"]
+
+
+def metrics(val_loss: float) -> dict[str, float]:
+    """A validation loss as it is stored, beside what shows when it was changed."""
+    return {"val_loss": val_loss, "crc32": zlib.crc32(repr(float(val_loss)).encode())}
+
+
+def val_loss(stored: dict[str, float]) -> float:
+    """The inverse of `metrics`; older checkpoints have no `crc32`.
+
+    Raises:
+        TypeError: it is no finite number, or not the one that was saved.
+    """
+    loss = stored["val_loss"]
+    if not isinstance(loss, float | int) or not math.isfinite(loss):
+        raise TypeError(f"a validation loss of {loss!r}")
+    if "crc32" in stored and stored != metrics(loss):
+        raise TypeError(f"a validation loss of {loss!r}, which is not the one that was saved")
+    return loss
+
+
+def check_metrics(folder: Path, remove: bool) -> None:
+    """Looks at the small files that Orbax reads when it starts, where a damaged one would end the program.
+
+    Args:
+        folder: of all checkpoints.
+        remove: remove damaged checkpoints where there are others.
+
+    Raises:
+        UserError: one is damaged, and is not removed.
+    """
+    damaged = {}
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            val_loss(read_json(path))
+        except (UserError, KeyError, TypeError) as error:
+            damaged[path.parents[1]] = error
+    if not damaged:
+        return
+    reasons = "; ".join(f"checkpoint {step} is damaged: {error}" for step, error in damaged.items())
+    others = [step for step in folder.iterdir() if step.name.isdecimal() and step not in damaged]
+    if not remove or not others:
+        raise UserError(f"{reasons}; remove the folder to go on without it")
+    logging.error("%s; trying the one before it", reasons)
+    for step in damaged:
+        shutil.rmtree(step)
 
 
 def _crc32(content: Any) -> int:

@@ -152,3 +152,14 @@ def splits(axis: str) -> bool:
     """Whether a logical axis is split where this is traced."""
     mesh, mesh_axis = jax.sharding.get_abstract_mesh(), RULES[axis]
     return not mesh.empty and isinstance(mesh_axis, str) and mesh.shape[mesh_axis] > 1
+
+
+def shard_bytes(array: Any) -> int:
+    """The bytes of an array, or of its abstract counterpart, on one device."""
+    shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape
+    return math.prod(shape) * array.dtype.itemsize
+
+
+def local_bytes(array: Any) -> int:
+    """Those on all devices of this process."""
+    return shard_bytes(array) * (len(array.sharding.addressable_devices) if getattr(array, "sharding", None) else 1)
