@@ -10,7 +10,8 @@ import math
 import re
 from typing import Literal
 
-from picogpt_jax.hlo import Computation, Executed, Instruction, Module, replica_groups
+from picogpt_jax.hlo import Computation, Instruction, Module, replica_groups
+from picogpt_jax.hlo_loops import Executed, executed
 from picogpt_jax.hlo_memory import memory_bytes
 
 PRODUCTS = ("dot", "convolution")
@@ -97,11 +98,11 @@ def cost_of(module: Module, devices: int) -> Cost:
     Args:
         devices: number of devices that run it.
     """
-    executed, unknown_loops = module.executed()
+    items, unknown_loops = executed(module)
     uncounted = [f"loop {name}: counted once" for name in unknown_loops]
     work: list[Work] = []
     collectives: dict[tuple[str, str], Collective] = {}
-    for item in executed:
+    for item in items:
         found = _collectives(module, item, devices)
         for key, collective in found.items():
             collectives.setdefault(key, collective)  # the first part says how it began
