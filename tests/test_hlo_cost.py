@@ -138,7 +138,9 @@ def test_a_collective_in_a_loop_counts_for_every_turn() -> None:
       %i = s32[] get-tuple-element(%s), index=0
       %x = f32[8] get-tuple-element(%s), index=1
       %p = f32[8] collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
-      ROOT %out = (s32[], f32[8]) tuple(%i, %p)
+      %one = s32[] constant(1)
+      %next = s32[] add(%i, %one)
+      ROOT %out = (s32[], f32[8]) tuple(%next, %p)
     }
     %condition (s: (s32[], f32[8])) -> pred[] {
       %s = (s32[], f32[8]) parameter(0)
