@@ -4,9 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_path
-from picogpt_jax.plot import COLOURS, STYLE
+from picogpt_jax.plot import COLOURS, save_png, styled_figure
 
 Plan = Mapping[str, Any]
 
@@ -140,15 +138,9 @@ def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLi
     Raises:
         UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+    with styled_figure(8, 4.2) as figure:
         from matplotlib.ticker import PercentFormatter, ScalarFormatter
-    except ImportError:
-        raise UserError("a plot needs matplotlib, which is not installed; pip install 'picogpt_jax[plot]'") from None
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes: Any = figure.subplots()
         for (label, plans), colour in zip(series.items(), COLOURS, strict=False):
             chips = [plan["chips"] for plan in plans]
@@ -162,5 +154,4 @@ def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLi
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(color="#e4e7eb", linewidth=0.8)
         axes.legend(loc="lower left", edgecolor="none")
-        with atomic_path(png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+    save_png(figure, png_path, dpi=110)
