@@ -74,6 +74,18 @@ def test_parameters_are_split_and_gathered_as_int8(small: dict[str, Any]) -> Non
     assert 0 < norms < 8192, "half a chip, but LayerNorms are on every one"
 
 
+def test_the_rings_of_sixteen_chips_turn_as_often_as_they_do() -> None:
+    """Over 16 chips in a row the compiler makes loops of products and transfers, unrolled by two."""
+    config = tiny_config(
+        **dict(model__n_layer=1, model__n_embd=256, model__block_size=128, model__vocab_size=256, model__dropout=0.0),
+        **dict(train__batch_size=64, train__dtype="bfloat16", mesh__data=1, mesh__fsdp=16),
+    )
+    found = plan.make_plan(config, "v5e:4x4", quick=True)
+    assert found["collectives"]["collective-permute"]["count"] > 100, "no rings: this test is about nothing"
+    again = 6 * 128 * 256 * found["tokens_per_step"]
+    assert found["flops_per_step"] == found["model_flops_per_step"] + again
+
+
 def test_memory_and_time_are_those_of_a_step_that_fits(small: dict[str, Any]) -> None:
     assert small["fits"] is True
     assert sum(small["memory"].values()) == small["bytes_per_chip"]
