@@ -129,6 +129,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
 
+def scaling_label(plan: Plan) -> str:
+    """What the plans of one weak scaling have in common."""
+    return f"{plan['chip']}, {_mode(plan)}, {plan['batch_size'] / plan['chips']:g} sequences a chip"
+
+
 def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLike[str], title: str) -> None:
     """Draws tokens/s a chip, relative to the smallest slice, against the number of chips.
 
@@ -147,7 +152,8 @@ def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLi
             axes.plot(chips, [plan["efficiency"] for plan in plans], "o-", color=colour, label=label)
         axes.axhline(0.9, color="#8a8f98", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="chips", ylabel="tokens/s a chip, of the smallest slice's", xscale="log")
-        axes.set_ylim(0.0, max(1.05, axes.get_ylim()[1]))
+        largest = max((plan["efficiency"] for plans in series.values() for plan in plans), default=1.0)
+        axes.set_ylim(0.0, 1.06 * max(1.0, largest))
         axes.set_xticks(sorted({plan["chips"] for plans in series.values() for plan in plans}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.minorticks_off()

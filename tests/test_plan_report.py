@@ -75,7 +75,8 @@ def test_a_weak_scaling_as_text_and_picture(tmp_path: Path) -> None:
     text = plan_report.format_scaling([row(), larger])
     assert text.splitlines()[2].split() == ["v5e:4x4", "16", "64", "4.0", "1,900,000", "118,750", "25.0%", "92.8%"]
     png = tmp_path / "scaling.png"
-    plan_report.plot_scaling({"TPU v5e, int8 QAT": [row(), larger]}, png, "Weak scaling")
+    assert plan_report.scaling_label(larger) == "TPU v5e, int8 QAT, 4 sequences a chip"
+    plan_report.plot_scaling({plan_report.scaling_label(larger): [row(), larger]}, png, "Weak scaling")
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
