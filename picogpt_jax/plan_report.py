@@ -87,7 +87,19 @@ def _time(plan: Plan) -> list[str]:
 
 def format_comparison(plans: Sequence[Plan]) -> str:
     """Ranked plans as a table."""
-    header = ["data", "fsdp", "tensor", "batch", "products", "GiB a chip", "ms/step", "tokens/s", "MFU", "bound by"]
+    header = [
+        "data",
+        "fsdp",
+        "tensor",
+        "batch",
+        "products",
+        "GiB a chip",
+        "ms/step",
+        "tokens/s",
+        "MFU",
+        "bound by",
+        "compiled",
+    ]
     rows = [header]
     for plan in plans:
         row = [*map(str, plan["mesh"].values()), str(plan["batch_size"])]
@@ -102,6 +114,7 @@ def format_comparison(plans: Sequence[Plan]) -> str:
                 f"{plan['tokens_per_second']:,.0f}",
                 f"{plan['mfu']:.1%}",
                 _bound(plan),
+                "quickly" if plan["quick"] else "in full",
             ]
         rows.append(row if plan["fits"] else [*row, "does not fit"])
     return "\n".join(_table(rows))

@@ -64,8 +64,9 @@ def test_a_comparison_names_what_bounds_each_plan_and_why_others_failed() -> Non
         "MFU",
         "bound",
         "by",
+        "compiled",
     ]
-    assert lines[1].split() == ["2", "2", "1", "16", "int8", "7.00", "4.0", "512,000", "25.0%", "compute"]
+    assert lines[1].split() == ["2", "2", "1", "16", "int8", "7.00", "4.0", "512,000", "25.0%", "compute", "in", "full"]
     assert lines[2].split() == ["2", "2", "1", "16", "int8", "20.00", "does", "not", "fit"]
     assert lines[3].split() == ["1", "1", "4", "16", "bfloat16", "2", "heads", "do", "not", "divide"]
 
