@@ -23,8 +23,9 @@ class Chip:
         links: to other chips.
         link_bandwidth: bytes/s of one link in one direction.
         torus_multiple: a dimension of a slice whose length is a multiple of this closes to a ring; 0: no torus.
-        topology: what the TPU compiler calls it, the part before the colon of `v5e:16x16`; None: no plans for it. (TPU
-            v4: the compiler describes each core as a device of its own, and `jax.make_mesh` refuses those.)
+        topology: what the TPU compiler calls it, the part before the colon of `v5e:16x16`; None: no plans for it.
+        cores: how the compiler is to see a chip's cores, where it is not as JAX does on the chip itself: `megacore`
+            makes one device of the two of a TPU v4.
         example: a slice of it.
         source: where the figures are published.
     """
@@ -40,6 +41,7 @@ class Chip:
     link_bandwidth: float
     torus_multiple: int = 0
     topology: str | None = None
+    cores: str | None = None
     example: str = ""
     source: str
 
@@ -55,6 +57,9 @@ CHIPS = (
         links=6,
         link_bandwidth=50 * GIGA,  # 2,400 Gbit/s a chip, one direction
         torus_multiple=4,
+        topology="v4",
+        cores="megacore",
+        example="4x4x8",
         source="cloud.google.com/tpu/docs/v4; interconnect: Google Cloud's announcement of TPU v5p, December 2023",
     ),
     Chip(

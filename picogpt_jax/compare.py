@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from picogpt_jax.data import evaluation_windows, padded_windows
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_path
-from picogpt_jax.plot import COLOURS, STYLE
+from picogpt_jax.plot import COLOURS, save_png, styled_figure
 
 REFERENCE = "jax"
 BATCH_SIZE = 32  # windows computed at once
@@ -189,13 +188,7 @@ def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], ti
     Raises:
         UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a plot needs matplotlib, which is not installed; pip install 'picogpt_jax[plot]'") from None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.5), layout="constrained")
+    with styled_figure(10, 5.5) as figure:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         grid: Any = figure.subplots(2, 3)
         for axes, (key, heading, logarithmic) in zip(grid.flat, PANELS, strict=True):
@@ -210,5 +203,4 @@ def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], ti
             axes.invert_yaxis()
             axes.xaxis.set_visible(False)
             axes.tick_params(length=0)
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_png(figure, png_path)

@@ -1,8 +1,4 @@
-"""Reads the text of a compiled program (XLA's optimized HLO): its computations, and how often each instruction runs.
-
-A loop's body is printed once. XLA's own cost analysis counts it once, too; here every instruction is counted as often
-as the loops around it run.
-"""
+"""Reads the text of a compiled program (XLA's optimized HLO): its computations and their instructions."""
 
 import dataclasses
 import functools
@@ -17,7 +13,6 @@ BITS |= {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,40 +84,9 @@ class Computation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Executed:
-    """An instruction that the schedule runs `times` times in a step, and the computation it stands in."""
-
-    instruction: Instruction
-    computation: Computation
-    times: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Module:
     computations: dict[str, Computation]
     entry: Computation
-
-    def executed(self) -> tuple[list[Executed], list[str]]:
-        """What runs, loops unfolded into counts; and the loops whose count could not be read, taken to run once."""
-        unknown: list[str] = []
-        return list(self._walk(self.entry, 1, unknown)), unknown
-
-    def _walk(self, computation: Computation, times: int, unknown: list[str]) -> Iterator[Executed]:
-        for instruction in computation.instructions:
-            if instruction.opcode == "while":
-                count = self.trip_count(instruction, computation)
-                if count is None:
-                    unknown.append(instruction.name)
-                yield from self._walk(
-                    self.called(instruction, "body"), times * (1 if count is None else count), unknown
-                )
-            elif instruction.opcode == "call":
-                yield from self._walk(self.called(instruction, "to_apply"), times, unknown)
-            elif instruction.opcode == "conditional":
-                for name in self._branches(instruction):  # which one is taken is not known: all of them count
-                    yield from self._walk(self.computations[name], times, unknown)
-            else:
-                yield Executed(instruction, computation, times)
 
     def called(self, instruction: Instruction, kind: str = "calls") -> Computation:
         name = instruction.called(kind)
@@ -136,48 +100,6 @@ class Module:
             for inner in computation.instructions:
                 yield inner, computation
                 yield from self.inside(inner)
-
-    @staticmethod
-    def _branches(instruction: Instruction) -> list[str]:
-        names = [name for kind, name in _CALLED.findall(instruction.attributes) if kind.endswith("_computation")]
-        found = _BRANCHES.search(instruction.attributes)
-        return names + (re.findall(r"%([\w.\-]+)", found[1]) if found else [])
-
-    def trip_count(self, loop: Instruction, around: Computation) -> int | None:
-        """How often the body of a counted loop runs: as the compiler notes it, else from `counter < bound` by ones."""
-        noted = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', loop.attributes)
-        if noted:
-            return int(noted[1])
-        condition = self.called(loop, "condition")
-        compare = condition.root
-        scope = condition
-        operands = [condition.by_name.get(name) for name in compare.operands]
-        if compare.opcode == "fusion":  # the comparison may have been fused with the look-up of its operands
-            inner = self.called(compare)
-            outside = dict(zip([item.name for item in inner.parameters], operands, strict=True))
-            compare = inner.root
-            operands = [outside.get(name, inner.by_name.get(name)) for name in compare.operands]
-        if compare.opcode != "compare" or compare.attribute("direction") != "LT" or len(operands) != 2:
-            return None
-        start, bound = (self._initial(item, scope, loop, around) for item in operands)
-        return None if start is None or bound is None else max(bound - start, 0)
-
-    @staticmethod
-    def _initial(
-        value: Instruction | None, condition: Computation, loop: Instruction, around: Computation
-    ) -> int | None:
-        """The integer that a value of a loop's condition has before the first turn."""
-        if value is not None and value.opcode == "get-tuple-element":
-            state = around.by_name.get(loop.operands[0])
-            index = int(value.attribute("index") or 0)
-            if state is None or state.opcode != "tuple" or condition.by_name.get(value.operands[0]) is None:
-                return None
-            value = around.by_name.get(state.operands[index])
-            while value is not None and value.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                value = around.by_name.get(value.operands[0])
-        if value is None or value.opcode != "constant" or not re.fullmatch(r"-?\d+", value.arguments):
-            return None
-        return int(value.arguments)
 
 
 def parse_module(text: str) -> Module:

@@ -10,7 +10,8 @@ import math
 import re
 from typing import Literal
 
-from picogpt_jax.hlo import Computation, Executed, Instruction, Module, replica_groups
+from picogpt_jax.hlo import Computation, Instruction, Module, replica_groups
+from picogpt_jax.hlo_loops import Executed, executed
 from picogpt_jax.hlo_memory import memory_bytes
 
 PRODUCTS = ("dot", "convolution")
@@ -97,11 +98,11 @@ def cost_of(module: Module, devices: int) -> Cost:
     Args:
         devices: number of devices that run it.
     """
-    executed, unknown_loops = module.executed()
+    items, unknown_loops = executed(module)
     uncounted = [f"loop {name}: counted once" for name in unknown_loops]
     work: list[Work] = []
     collectives: dict[tuple[str, str], Collective] = {}
-    for item in executed:
+    for item in items:
         found = _collectives(module, item, devices)
         for key, collective in found.items():
             collectives.setdefault(key, collective)  # the first part says how it began
@@ -186,10 +187,11 @@ def _kernel_products(instruction: Instruction, computation: Computation) -> list
     products = next((count for name, count in SPLASH_PRODUCTS.items() if instruction.name.startswith(name)), 0)
     if not products:
         return []
-    shapes = [computation.by_name[name].result[0].dims for name in instruction.operands]
-    batch, heads, time, head_size = next(shape for shape in shapes if len(shape) == 4)
-    blocks = shapes[0][-1]  # of the mask, [.., n, n]: above its diagonal they are not computed
-    flops = 2.0 * batch * heads * time**2 * head_size * (blocks + 1) / (2 * blocks)
+    operands = [computation.by_name[name].result[0] for name in instruction.operands]
+    # The queries, [batch, heads, time, head size]; with one sequence a device the compiler drops the first.
+    *heads, time, head_size = next(array.dims for array in operands if array.dtype in ("bf16", "f32"))
+    blocks = operands[0].dims[-1]  # of the mask, [.., n, n]: above its diagonal they are not computed
+    flops = 2.0 * math.prod(heads) * time**2 * head_size * (blocks + 1) / (2 * blocks)
     return [Product(flops, "bfloat16")] * products
 
 

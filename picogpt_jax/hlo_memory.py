@@ -1,6 +1,7 @@
 """The traffic of a compiled program's instructions with main memory; what the compiler keeps on the chip is free."""
 
-from picogpt_jax.hlo import Computation, Executed, HloArray, Instruction, Module
+from picogpt_jax.hlo import Computation, HloArray, Instruction, Module
+from picogpt_jax.hlo_loops import Executed
 
 # These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}

@@ -53,13 +53,15 @@ def topology_devices(name: str) -> list[jax.Device]:
 
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    known = [chip for chip in CHIPS if chip.topology is not None]
+    known = {chip.topology: chip for chip in CHIPS if chip.topology is not None}
     try:
-        if name.partition(":")[0] not in [chip.topology for chip in known]:
+        chip = known.get(name.partition(":")[0])
+        if chip is None:
             raise ValueError("it begins with none of these chips")
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        options = {} if chip.cores is None else {"chip_config_name": chip.cores}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known)
+        examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known.values())
         raise UserError(
             f"--topology={name} is not known to the TPU compiler ({str(error).splitlines()[0]}); give a chip and the "
             f"shape of a slice, such as {examples}"

@@ -4,9 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_path
-from picogpt_jax.plot import COLOURS, STYLE
+from picogpt_jax.plot import COLOURS, save_png, styled_figure
 
 Plan = Mapping[str, Any]
 
@@ -89,7 +87,19 @@ def _time(plan: Plan) -> list[str]:
 
 def format_comparison(plans: Sequence[Plan]) -> str:
     """Ranked plans as a table."""
-    header = ["data", "fsdp", "tensor", "batch", "products", "GiB a chip", "ms/step", "tokens/s", "MFU", "bound by"]
+    header = [
+        "data",
+        "fsdp",
+        "tensor",
+        "batch",
+        "products",
+        "GiB a chip",
+        "ms/step",
+        "tokens/s",
+        "MFU",
+        "bound by",
+        "compiled",
+    ]
     rows = [header]
     for plan in plans:
         row = [*map(str, plan["mesh"].values()), str(plan["batch_size"])]
@@ -104,6 +114,7 @@ def format_comparison(plans: Sequence[Plan]) -> str:
                 f"{plan['tokens_per_second']:,.0f}",
                 f"{plan['mfu']:.1%}",
                 _bound(plan),
+                "quickly" if plan["quick"] else "in full",
             ]
         rows.append(row if plan["fits"] else [*row, "does not fit"])
     return "\n".join(_table(rows))
@@ -131,6 +142,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
 
+def scaling_label(plan: Plan) -> str:
+    """What the plans of one weak scaling have in common."""
+    return f"{plan['chip']}, {_mode(plan)}, {plan['batch_size'] / plan['chips']:g} sequences a chip"
+
+
 def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLike[str], title: str) -> None:
     """Draws tokens/s a chip, relative to the smallest slice, against the number of chips.
 
@@ -140,27 +156,21 @@ def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLi
     Raises:
         UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+    with styled_figure(8, 4.2) as figure:
         from matplotlib.ticker import PercentFormatter, ScalarFormatter
-    except ImportError:
-        raise UserError("a plot needs matplotlib, which is not installed; pip install 'picogpt_jax[plot]'") from None
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes: Any = figure.subplots()
         for (label, plans), colour in zip(series.items(), COLOURS, strict=False):
             chips = [plan["chips"] for plan in plans]
             axes.plot(chips, [plan["efficiency"] for plan in plans], "o-", color=colour, label=label)
         axes.axhline(0.9, color="#8a8f98", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="chips", ylabel="tokens/s a chip, of the smallest slice's", xscale="log")
-        axes.set_ylim(0.0, max(1.05, axes.get_ylim()[1]))
+        largest = max((plan["efficiency"] for plans in series.values() for plan in plans), default=1.0)
+        axes.set_ylim(0.0, 1.06 * max(1.0, largest))
         axes.set_xticks(sorted({plan["chips"] for plans in series.values() for plan in plans}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.minorticks_off()
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(color="#e4e7eb", linewidth=0.8)
         axes.legend(loc="lower left", edgecolor="none")
-        with atomic_path(png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+    save_png(figure, png_path, dpi=110)

@@ -1,6 +1,7 @@
 """Many plans: meshes, batch sizes and types compared on one slice, and slices of growing size."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -8,6 +9,8 @@ from typing import Any, Literal
 from picogpt_jax.config import Config, MeshConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.plan import make_plan, topology_devices
+
+FULL = 2  # plans of each type that a comparison compiles in full
 
 
 def mesh_shapes(devices: int) -> list[MeshConfig]:
@@ -24,29 +27,44 @@ def compare(
     topology: str,
     meshes: Sequence[MeshConfig],
     batch_sizes: Sequence[int],
-    quick: bool = True,
+    quick: bool | None = None,
     progress: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Plans of every mesh, batch size and of int8 and bfloat16, the fastest first; then what does not fit or work."""
-    plans = []
+    """Plans of every mesh, batch size and of int8 and bfloat16, the fastest first; then what does not fit or work.
+
+    Args:
+        quick: whether the compiler optimizes less. None: for all of them, and then the best `FULL` of int8 and of
+            bfloat16 in full, which are ranked before the others: quick plans tell meshes apart, not types.
+    """
     modes: tuple[Literal["int8", "none"], ...] = ("int8", "none") if config.quant.mode == "int8" else ("none",)
-    for mesh in meshes:
-        for batch_size in batch_sizes:
-            for mode in modes:
-                changed = dataclasses.replace(
-                    config,
-                    mesh=mesh,
-                    train=dataclasses.replace(config.train, batch_size=batch_size),
-                    quant=dataclasses.replace(config.quant, mode=mode),
-                )
-                try:
-                    plan = make_plan(changed, topology, quick)
-                except UserError as error:
-                    plan = {"mesh": dataclasses.asdict(mesh), "batch_size": batch_size, "quant_mode": mode}
-                    plan |= {"fits": False, "error": str(error)}
-                progress(f"{dataclasses.astuple(mesh)} batch {batch_size} {mode}: {_outcome(plan)}")
-                plans.append(plan)
-    return sorted(plans, key=lambda plan: (not plan["fits"], -plan.get("tokens_per_second", 0.0)))
+    plans: dict[Config, dict[str, Any]] = {}
+    for mesh, batch_size, mode in itertools.product(meshes, batch_sizes, modes):
+        train = dataclasses.replace(config.train, batch_size=batch_size)
+        quant = dataclasses.replace(config.quant, mode=mode)
+        changed = dataclasses.replace(config, mesh=mesh, train=train, quant=quant)
+        plans[changed] = _plan(changed, topology, quick is not False, progress)
+    if quick is None:
+        for mode in modes:
+            fitting = [one for one, plan in plans.items() if one.quant.mode == mode and plan["fits"]]
+            for changed in sorted(fitting, key=lambda one: _rank(plans[one]))[:FULL]:
+                plans[changed] = _plan(changed, topology, False, progress)
+    return sorted(plans.values(), key=_rank)
+
+
+def _plan(config: Config, topology: str, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    """A plan; or why there is none, under `error`."""
+    try:
+        plan = make_plan(config, topology, quick)
+    except UserError as error:
+        plan = {"mesh": dataclasses.asdict(config.mesh), "batch_size": config.train.batch_size}
+        plan |= {"quant_mode": config.quant.mode, "fits": False, "error": str(error)}
+    batch = f"{dataclasses.astuple(config.mesh)} batch {config.train.batch_size} {config.quant.mode}"
+    progress(f"{batch}: {_outcome(plan)}")
+    return plan
+
+
+def _rank(plan: dict[str, Any]) -> tuple[bool, bool, float]:
+    return not plan["fits"], plan.get("quick", True), -plan.get("tokens_per_second", 0.0)
 
 
 def _outcome(plan: dict[str, Any]) -> str:
@@ -54,7 +72,8 @@ def _outcome(plan: dict[str, Any]) -> str:
         return str(plan["error"])
     if "mfu" not in plan:
         return "does not fit"
-    return f"{plan['step_time_ms']:.1f} ms, MFU {plan['mfu']:.1%}, compiled in {plan['compile_seconds']:.0f} s"
+    how = "quickly" if plan["quick"] else "in full"
+    return f"{plan['step_time_ms']:.1f} ms, MFU {plan['mfu']:.1%}, compiled {how} in {plan['compile_seconds']:.0f} s"
 
 
 def weak_scaling(

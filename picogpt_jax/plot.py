@@ -1,8 +1,9 @@
-"""The loss curves of one or several runs as a PNG."""
+"""The loss curves of one or several runs as a PNG; and the style of every picture."""
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,28 @@ STYLE: dict[Any, Any] = {
 }
 
 
+@contextlib.contextmanager
+def styled_figure(width: float, height: float) -> Iterator[Any]:
+    """A matplotlib Figure of so many inches, to be drawn on in the style of this project.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a plot needs matplotlib, which is not installed; pip install 'picogpt_jax[plot]'") from None
+    with rc_context(STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def save_png(figure: Any, png_path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Writes a matplotlib Figure."""
+    with atomic_path(png_path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
 def plot_loss(metrics: Metrics | Mapping[str, Metrics], png_path: str | os.PathLike[str], title: str) -> None:
     """Draws training and validation loss against the step, in nats per token (left) and bits per character (right).
 
@@ -43,24 +66,16 @@ def plot_loss(metrics: Metrics | Mapping[str, Metrics], png_path: str | os.PathL
     Raises:
         UserError: matplotlib is missing, a file is not a `metrics.jsonl`, or a run has no loss to show.
     """
-    figure = loss_figure(metrics, title)
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_png(loss_figure(metrics, title), png_path)
 
 
 def loss_figure(metrics: Metrics | Mapping[str, Metrics], title: str) -> Any:
     """The matplotlib Figure that `plot_loss` saves; the same arguments and errors."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    except ImportError:
-        raise UserError("a plot needs matplotlib, which is not installed; pip install 'picogpt_jax[plot]'") from None
-
     runs = metrics if isinstance(metrics, Mapping) else {"": metrics}
-    curves = {label: _curves(run, label) for label, run in runs.items()}
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 5), layout="constrained")
+    with styled_figure(9, 5) as figure:
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+        curves = {label: _curves(run, label) for label, run in runs.items()}
         axes: Any = figure.subplots()
         for index, (label, (train, val)) in enumerate(curves.items()):
             colour = COLOURS[index % len(COLOURS)]  # a run's own; a single run has one for each of its curves

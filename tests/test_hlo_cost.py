@@ -138,7 +138,9 @@ def test_a_collective_in_a_loop_counts_for_every_turn() -> None:
       %i = s32[] get-tuple-element(%s), index=0
       %x = f32[8] get-tuple-element(%s), index=1
       %p = f32[8] collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
-      ROOT %out = (s32[], f32[8]) tuple(%i, %p)
+      %one = s32[] constant(1)
+      %next = s32[] add(%i, %one)
+      ROOT %out = (s32[], f32[8]) tuple(%next, %p)
     }
     %condition (s: (s32[], f32[8])) -> pred[] {
       %s = (s32[], f32[8]) parameter(0)
@@ -215,8 +217,10 @@ def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -
     assert [work.n_bytes for work in silent.work] == [2 * 128], "its memory traffic counts; a marker's does not"
 
 
-def test_attention_kernels_count_by_their_shapes_and_skip_what_causality_hides() -> None:
-    found = cost("""
+@pytest.mark.parametrize("sequences", ["2,", ""])  # one sequence a device: the compiler drops the dimension
+def test_attention_kernels_count_by_their_shapes_and_skip_what_causality_hides(sequences: str) -> None:
+    found = cost(
+        """
     ENTRY %main (m: s8[1,4,4], q: bf16[2,3,512,64]) -> bf16[2,3,512,64] {
       %m = s8[1,4,4] parameter(0)
       %q = bf16[2,3,512,64] parameter(1)
@@ -224,8 +228,9 @@ def test_attention_kernels_count_by_their_shapes_and_skip_what_causality_hides()
       %splash_mha_dq_no_residuals.1 = bf16[2,3,512,64] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
       ROOT %splash_mha_dkv = bf16[2,3,512,64] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
     }
-    """)
+    """.replace("bf16[2,", f"bf16[{sequences}")
+    )
     assert found.uncounted == []
     assert found.products("bfloat16") == 2 + 3 + 4
-    one = 2 * 2 * 3 * 512 * 512 * 64
+    one = 2 * (2 if sequences else 1) * 3 * 512 * 512 * 64
     assert found.flops("bfloat16") == 9 * one * 10 / 16, "10 of 4 x 4 blocks lie on or below the diagonal"

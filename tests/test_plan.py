@@ -14,6 +14,7 @@ from conftest import ROOT, RunScript
 from tiny import tiny_config
 
 from picogpt_jax import plan
+from picogpt_jax.chips import chip_of
 from picogpt_jax.errors import UserError
 from picogpt_jax.hlo_cost import Collective
 
@@ -73,6 +74,18 @@ def test_parameters_are_split_and_gathered_as_int8(small: dict[str, Any]) -> Non
     assert 0 < norms < 8192, "half a chip, but LayerNorms are on every one"
 
 
+def test_the_rings_of_sixteen_chips_turn_as_often_as_they_do() -> None:
+    """Over 16 chips in a row the compiler makes loops of products and transfers, unrolled by two."""
+    config = tiny_config(
+        **dict(model__n_layer=1, model__n_embd=256, model__block_size=128, model__vocab_size=256, model__dropout=0.0),
+        **dict(train__batch_size=64, train__dtype="bfloat16", mesh__data=1, mesh__fsdp=16),
+    )
+    found = plan.make_plan(config, "v5e:4x4", quick=True)
+    assert found["collectives"]["collective-permute"]["count"] > 100, "no rings: this test is about nothing"
+    again = 6 * 128 * 256 * found["tokens_per_step"]
+    assert found["flops_per_step"] == found["model_flops_per_step"] + again
+
+
 def test_memory_and_time_are_those_of_a_step_that_fits(small: dict[str, Any]) -> None:
     assert small["fits"] is True
     assert sum(small["memory"].values()) == small["bytes_per_chip"]
@@ -90,14 +103,26 @@ def test_an_unknown_topology_names_known_ones(run_script: RunScript) -> None:
     result = run_script("scripts/plan.py", f"--config={ROOT / 'configs' / 'base.py'}", "--topology=v99:2x2")
     assert result.returncode == 2
     assert result.stderr.startswith("error: --topology=v99:2x2 is not known to the TPU compiler")
-    assert "v5e:16x16, v5p:4x4x8, v6e:16x16" in result.stderr
+    assert "v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v5e:16x16x16x16", "v5e:"])
 def test_an_impossible_slice_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="give a chip and the shape of a slice, such as v5e:16x16"):
+    with pytest.raises(UserError, match="give a chip and the shape of a slice, such as v4:4x4x8, v5e:16x16"):
         plan.topology_devices(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "a_chip"), [("v4:2x2x1", 4, 1), ("v5p:2x2x1", 4, 1), ("tpu7x:2x2x1", 8, 2)]
+)
+def test_the_cores_of_a_chip_are_seen_as_jax_shows_them(name: str, devices: int, a_chip: int) -> None:
+    found = plan.topology_devices(name)
+    chips = {tuple(device.coords) for device in found}
+    assert (len(found), len(found) // len(chips)) == (devices, a_chip)
+    chip = chip_of(found[0].device_kind)
+    assert chip is not None
+    assert chip.devices == a_chip
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,9 @@ def test_a_comparison_names_what_bounds_each_plan_and_why_others_failed() -> Non
         "MFU",
         "bound",
         "by",
+        "compiled",
     ]
-    assert lines[1].split() == ["2", "2", "1", "16", "int8", "7.00", "4.0", "512,000", "25.0%", "compute"]
+    assert lines[1].split() == ["2", "2", "1", "16", "int8", "7.00", "4.0", "512,000", "25.0%", "compute", "in", "full"]
     assert lines[2].split() == ["2", "2", "1", "16", "int8", "20.00", "does", "not", "fit"]
     assert lines[3].split() == ["1", "1", "4", "16", "bfloat16", "2", "heads", "do", "not", "divide"]
 
@@ -75,7 +76,8 @@ def test_a_weak_scaling_as_text_and_picture(tmp_path: Path) -> None:
     text = plan_report.format_scaling([row(), larger])
     assert text.splitlines()[2].split() == ["v5e:4x4", "16", "64", "4.0", "1,900,000", "118,750", "25.0%", "92.8%"]
     png = tmp_path / "scaling.png"
-    plan_report.plot_scaling({"TPU v5e, int8 QAT": [row(), larger]}, png, "Weak scaling")
+    assert plan_report.scaling_label(larger) == "TPU v5e, int8 QAT, 4 sequences a chip"
+    plan_report.plot_scaling({plan_report.scaling_label(larger): [row(), larger]}, png, "Weak scaling")
     assert png.read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,7 +17,7 @@ def test_the_default_meshes_use_every_chip_once() -> None:
 
 
 def fake_plan(config: Any, topology: str, quick: bool) -> dict[str, Any]:
-    """Twice as fast in int8; half as fast with every factor of fsdp; a batch of 64 does not fit."""
+    """Half as fast with every factor of fsdp; a batch of 64 does not fit. In full int8 is faster, quickly slower."""
     if config.mesh.tensor > 1:
         raise UserError("25 heads do not divide")
     row = {"topology": topology, "chips": int(topology[-1]) ** 2, "mesh": dataclasses.asdict(config.mesh)}
@@ -25,11 +25,17 @@ def fake_plan(config: Any, topology: str, quick: bool) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "quant_mode": config.quant.mode,
         "fits": config.train.batch_size < 64,
+        "quick": quick,
     }
     if row["fits"]:
-        rate = 1000.0 * (2 if config.quant.mode == "int8" else 1) / config.mesh.fsdp * row["chips"] ** 0.5
+        int8 = 0.4 if quick else 1.5
+        rate = 1000.0 * (int8 if config.quant.mode == "int8" else 1) / config.mesh.fsdp * row["chips"] ** 0.5
         row |= {"tokens_per_second": rate, "step_time_ms": 1.0, "mfu": 0.5, "compile_seconds": 1.0}
     return row
+
+
+def shapes(rows: list[dict[str, Any]]) -> list[tuple[int, str, bool]]:
+    return [(row["mesh"]["fsdp"], row["quant_mode"], row["quick"]) for row in rows if row["fits"]]
 
 
 def test_a_comparison_ranks_what_fits_and_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,14 +46,24 @@ def test_a_comparison_ranks_what_fits_and_keeps_the_rest(monkeypatch: pytest.Mon
         MeshConfig(data=2, fsdp=1, tensor=2),
     ]
     said: list[str] = []
-    rows = plan_sweep.compare(tiny_config(), "v5e:2x2", meshes, [32, 64], progress=said.append)
+    rows = plan_sweep.compare(tiny_config(), "v5e:2x2", meshes, [32, 64], quick=False, progress=said.append)
     assert len(rows) == len(said) == 3 * 2 * 2
-    best = [(row["mesh"]["fsdp"], row["quant_mode"]) for row in rows[:4]]
-    assert best[0] == (1, "int8")
-    assert set(best[1:3]) == {(2, "int8"), (1, "none")}, "equally fast"
-    assert best[3] == (2, "none")
+    assert shapes(rows) == [(1, "int8", False), (1, "none", False), (2, "int8", False), (2, "none", False)]
     assert [row["fits"] for row in rows] == [True] * 4 + [False] * 8
     assert sum("25 heads" in row.get("error", "") for row in rows) == 4
+
+
+def test_the_best_of_each_type_are_compiled_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_sweep, "make_plan", fake_plan)
+    meshes = [MeshConfig(data=8 // fsdp, fsdp=fsdp, tensor=1) for fsdp in (1, 2, 4, 8)]
+    said: list[str] = []
+    rows = plan_sweep.compare(tiny_config(), "v5e:2x2", meshes, [32, 64], progress=said.append)
+    in_full = [(1, "int8", False), (1, "none", False), (2, "int8", False), (2, "none", False)]
+    quickly = [(4, "none", True), (8, "none", True), (4, "int8", True), (8, "int8", True)]
+    assert shapes(rows) == in_full + quickly
+    assert len(said) == 4 * 2 * 2 + 4
+    every = plan_sweep.compare(tiny_config(), "v5e:2x2", meshes, [32], quick=True, progress=said.append)
+    assert all(quick for _, _, quick in shapes(every))
 
 
 def test_weak_scaling_grows_the_batch_with_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
