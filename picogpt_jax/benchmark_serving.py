@@ -23,9 +23,8 @@ PROMPTS, PASSES = 32, 5  # prompts processed together, and how often in one turn
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
 KINDS = ("int8", "int8 fast")
 COMPARISONS = (
-    *(Comparison(loop, "ONNX int8, refill", ">= 10.0") for loop in LOOPS),
-    *(Comparison(loop, "ONNX int8, slide", ">= 3.0") for loop in LOOPS),
-    *(Comparison(loop, "ONNX int8 fast, slide", ">= 3.0") for loop in LOOPS),
+    *(Comparison(loop, f"ONNX {kind}, refill", ">= 10.0") for kind in KINDS for loop in LOOPS),
+    *(Comparison(loop, f"ONNX {kind}, slide", ">= 3.0") for kind in KINDS for loop in LOOPS),
     *(Comparison("ONNX float, slide", f"ONNX {kind}, slide", ">= 1.3") for kind in KINDS),
     *(Comparison("ONNX float, prompts", f"ONNX {kind}, prompts", ">= 1.5") for kind in KINDS),
     *(Comparison("PyTorch float, prompts", f"PyTorch {kind}, prompts", ">= 1.5") for kind in KINDS),
@@ -55,7 +54,9 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
     kinds = {"int8": onnx_model(model), "int8 fast": onnx_model(model, exact=False)}
     kinds["float"] = onnx_model(model, "float", exact=False)
     models = {f"ONNX {kind}": OnnxGPT(proto.SerializeToString()) for kind, proto in kinds.items()}
-    streams: dict[str, Work] = {"ONNX int8, refill": _generation(models["ONNX int8"], new_tokens, "refill")}
+    streams: dict[str, Work] = {
+        f"ONNX {kind}, refill": _generation(models[f"ONNX {kind}"], new_tokens, "refill") for kind in KINDS
+    }
     streams |= {f"{name}, slide": _generation(model, new_tokens, "slide") for name, model in models.items()}
     prompts: dict[str, Work] = {f"{name}, prompts": _prompts(model, prompts_BT) for name, model in models.items()}
     if with_torch:

@@ -18,8 +18,8 @@ AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `s
 an exact one, which is slower with VNNI (`picogpt_jax.onnx_model` sets it where it is needed).
 
 The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
-`exact=False` they are ONNX Runtime's own in float32: faster where whole windows are computed, and now and then another
-token where two are almost equally likely.
+`exact=False` they are ONNX Runtime's own in float32, and the two scales of a product are multiplied first, which it
+fuses with the product: faster, and now and then another token where two are almost equally likely.
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.
@@ -184,8 +184,11 @@ class GraphBuilder:
         else:
             codes, scale = self.quantize(x)
             product = self.add("MatMulInteger", codes, weight, self.constant("zero_point", ZERO_POINT))
-            product = self.add("Mul", self.add("Cast", product, to=TensorProto.FLOAT), scale)
-            y = self.add("Mul", product, self.scale(name), output=last)
+            product = self.cast(product, TensorProto.FLOAT)
+            if self.exact:  # in the order in which JAX rounds
+                y = self.add("Mul", self.add("Mul", product, scale), self.scale(name), output=last)
+            else:  # ONNX Runtime makes one node of this and of the product
+                y = self.add("Mul", product, self.add("Mul", scale, self.scale(name)), output=last)
         return y if bias is None else self.add("Add", y, self.constant(f"{name}.bias", bias), output=output)
 
     def quantize(self, x: str) -> tuple[str, str]:
