@@ -31,7 +31,7 @@ from picogpt_jax.torch_linear import Int8Matrix
 
 def gelu(x: Tensor) -> Tensor:
     """The exact form, x * Phi(x), rounded at the steps at which JAX rounds it."""
-    return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
+    return (x * 0.5**0.5).erf_().add_(1).mul_(x).mul_(0.5)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ class Block(nn.Module):
         self.c_fc, self.mlp_proj = matrix(model, f"{name}.mlp.c_fc"), matrix(model, f"{name}.mlp.c_proj")
 
     def forward(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
-        x_BTC = x_BTC + self.attend(self.ln_1(x_BTC), cache)
-        return x_BTC + self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC))))
+        x_BTC = self.attend(self.ln_1(x_BTC), cache).add_(x_BTC)  # in place: fresh memory costs as much as the sum
+        return self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC)))).add_(x_BTC)
 
     def attend(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
         """Causal self-attention; the queries are the last T of the S positions seen so far."""
