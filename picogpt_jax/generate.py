@@ -1,6 +1,6 @@
 """Text from a model: a KV cache and compiled loops that draw many tokens in one dispatch.
 
-Shapes: B streams, T time, V vocabulary.
+Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at hand.
 """
 
 import contextlib
