@@ -45,6 +45,9 @@ def get_config() -> ConfigDict:
     config.train.scan_layers = False
     # What the backward pass computes again: none | block (all but each block's input) | dots (all but matmul results)
     config.train.remat = "none"
+    # What the operands of the backward pass's products are rounded to: same (as dtype, nothing) | bfloat16 | auto:
+    # bfloat16 where dtype is float32 and the CPU multiplies bfloat16, which is faster there.
+    config.train.backward_dtype = "auto"
     config.train.attention = "auto"  # plain | cudnn (GPU) | splash (TPU) | auto: what is measured to be fastest
 
     config.optimizer = ConfigDict()

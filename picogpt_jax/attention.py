@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax import rounding, sharding
+from picogpt_jax import backward, rounding, sharding
 from picogpt_jax.config import AttentionForm, ModelConfig
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.dropout import DropoutKey, dropout
@@ -201,6 +201,7 @@ def plain(
     rate: float,
     key: DropoutKey | None,
     site: str,
+    backward_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "B H t D"]:
     """Causal attention with softmax in float32; the queries are the last t of the T positions.
 
@@ -208,27 +209,34 @@ def plain(
         past: keys, values and number of the positions before these; read as they are, apart from the new ones, so that
             the compiler can update the cache in place.
         rate, key, site: of the dropout on the attention weights.
+        backward_dtype: what the operands of the gradients' products are rounded to, in training.
     """
     if past is None:
-        attend = functools.partial(causal, drop=lambda weights: dropout(weights, rate, key, site))
+        drop = lambda weights: dropout(weights, rate, key, site)  # noqa: E731
+        attend = functools.partial(causal, drop=drop, backward_dtype=None if key is None else backward_dtype)
         return rounding.in_float64(attend, exact=key is None)(q_BHtD, k_BHTD, v_BHTD)
     # With a cache in float32: converting all of it for every token made 32 streams three times slower.
     return cached_attention(q_BHtD, k_BHTD, v_BHTD, *past)
 
 
-def causal_scores(q_BHtD: Float[Array, "B H t D"], k_BHTD: Float[Array, "B H T D"]) -> Float[Array, "B H t T"]:
+def causal_scores(
+    q_BHtD: Float[Array, "B H t D"], k_BHTD: Float[Array, "B H T D"], backward_dtype: jnp.dtype | None = None
+) -> Float[Array, "B H t T"]:
     """Scaled query-key products, in float32 at least; what a query may not see is the lowest number."""
     queries, time = q_BHtD.shape[2], k_BHTD.shape[2]
-    scores_BHtT = key_products(q_BHtD, k_BHTD)
+    scores_BHtT = key_products(q_BHtD, k_BHTD, backward_dtype)
     visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
         jnp.int32, (queries, time), 0
     )
     return jnp.where(visible_tT[None, None], scores_BHtT, jnp.finfo(scores_BHtT.dtype).min)
 
 
-def key_products(q_BHtD: Float[Array, "B H t D"], k_BHSD: Float[Array, "B H S D"]) -> Float[Array, "B H t S"]:
+def key_products(
+    q_BHtD: Float[Array, "B H t D"], k_BHSD: Float[Array, "B H S D"], backward_dtype: jnp.dtype | None = None
+) -> Float[Array, "B H t S"]:
     """Scaled query-key products, in float32 at least."""
-    scores_BHtS = jnp.einsum("bhtd,bhsd->bhts", q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHSD)
+    by_heads = (((3,), (3,)), ((0, 1), (0, 1)))
+    scores_BHtS = backward.dot_general(q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHSD, by_heads, backward_dtype)
     return scores_BHtS.astype(jnp.promote_types(scores_BHtS.dtype, jnp.float32))
 
 
@@ -237,10 +245,12 @@ def causal(
     k_BHTD: Float[Array, "B H T D"],
     v_BHTD: Float[Array, "B H T D"],
     drop: Callable[[Array], Array] = lambda weights: weights,
+    backward_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "B H t D"]:
     """Attention of the last t of T positions; `drop` is the dropout on the weights."""
-    weights_BHtT = jax.nn.softmax(causal_scores(q_BHtD, k_BHTD), axis=-1).astype(v_BHTD.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", drop(weights_BHtT), v_BHTD)
+    scores_BHtT = causal_scores(q_BHtD, k_BHTD, backward_dtype)
+    weights_BHtT = jax.nn.softmax(scores_BHtT, axis=-1).astype(v_BHTD.dtype)
+    return backward.dot_general(drop(weights_BHtT), v_BHTD, (((3,), (2,)), ((0, 1), (0, 1))), backward_dtype)
 
 
 def cached_attention(

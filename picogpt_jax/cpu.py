@@ -5,6 +5,7 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 VNNI = {"avx_vnni", "avx512_vnni"}  # either way to add up products of bytes without an intermediate that saturates
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # products of bfloat16 numbers, added up in float32
 
 
 def cpu() -> tuple[str, set[str]]:
@@ -21,3 +22,8 @@ def cpu() -> tuple[str, set[str]]:
 def has_vnni() -> bool:
     """Whether the processor is known to have instructions for int8 dot products on x86."""
     return not VNNI.isdisjoint(cpu()[1])
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor is known to multiply bfloat16 faster than float32 (x86)."""
+    return not BFLOAT16.isdisjoint(cpu()[1])

@@ -19,6 +19,9 @@ COMPILER_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
+# XLA adds up more than 32 terms in two stages, for precision, in slow loops of their own: 5% of a training step. Only
+# for programs without sums of millions of terms.
+CPU_SHORT_SUMS: dict[str, str | bool] = {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax import rounding
+from picogpt_jax import backward, rounding
 from picogpt_jax.config import QuantConfig
 from picogpt_jax.quantization import (
     INT8_COLLECTION,
@@ -44,6 +43,7 @@ class Dense(nn.Module):
     dtype: jnp.dtype
     n_layer: int
     axes: tuple[str, str]
+    backward_dtype: jnp.dtype | None = None  # see GPT
     parts: int = 1  # q, k and v side by side are three
 
     @nn.compact
@@ -63,8 +63,8 @@ class Dense(nn.Module):
             if apart:
                 # Stored side by side, a device's share is no whole heads: the weights move, not the activations.
                 kernel_IO = constrain(kernel_IO.reshape(-1, *shape), "embed", None, "heads")
-            dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
-            y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype)
+            dot_general = quantized_dot_general(self.quant, self.mode, self.dtype, self.backward_dtype)
+            y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype, self.backward_dtype)
         y_BTO = rounding.rounded(y_BTO)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
@@ -84,6 +84,7 @@ class Embedding(nn.Module):
     mode: Mode
     dtype: jnp.dtype
     axes: tuple[str, str]
+    backward_dtype: jnp.dtype | None = None  # see GPT
 
     def setup(self) -> None:
         self.table: Any
@@ -92,7 +93,7 @@ class Embedding(nn.Module):
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
             self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
-            self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype)
+            self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype, self.backward_dtype)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
         ids = constrain(ids, "tokens", None)
@@ -109,7 +110,7 @@ class Embedding(nn.Module):
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
             return int8_dot(x_BTC, self.table, self.quant.activation_bits)
-        return matmul(x_BTC, self.table, 1, self.dot_general, self.dtype)
+        return matmul(x_BTC, self.table, 1, self.dot_general, self.dtype, self.backward_dtype)
 
 
 def matmul(
@@ -118,13 +119,14 @@ def matmul(
     in_dim: int,
     dot_general: nn.Module | None,
     dtype: jnp.dtype,
+    backward_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "B T *O"]:
     """x times a float weight whose dimension `in_dim` is contracted: through AQT, or plain where there is no module."""
     dimension_numbers = (((1,), (in_dim,)), ((), ()))
     # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
     x_NI = x.reshape(-1, x.shape[-1])
     if dot_general is None:
-        y_NO = lax.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers)
+        y_NO = backward.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers, backward_dtype)
     else:
         y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
     return y_NO.reshape(*x.shape[:-1], *y_NO.shape[1:])

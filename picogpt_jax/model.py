@@ -126,6 +126,7 @@ class Attention(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
     form: AttentionForm
 
     @nn.compact
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         config = self.config
         batch, time, width = x_BTC.shape
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        dense["n_layer"] = config.n_layer
+        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
         qkv = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), parts=3, **dense)(x_BTC)
         heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
@@ -147,7 +148,8 @@ class Attention(nn.Module):
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
         if self.form == "plain" or cache is not None or last_only:
-            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, config.dropout, key, f"{site}/weights")
+            dropped = (config.dropout, key, f"{site}/weights")
+            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, *dropped, self.backward_dtype)
         else:
             y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
         updated = (k_BHTD, v_BHTD)
@@ -170,12 +172,13 @@ class MLP(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
 
     @nn.compact
     def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         config = self.config
         dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        dense["n_layer"] = config.n_layer
+        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
         h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
         h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), exact=key is None)
         y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
@@ -187,6 +190,7 @@ class Block(nn.Module):
     quant: QuantConfig
     mode: Mode
     dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
     attention: AttentionForm
 
     @nn.compact
@@ -200,7 +204,7 @@ class Block(nn.Module):
         config = self.config
         exact = key is None
         norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
-        parts = (config, self.quant, self.mode, self.dtype)
+        parts = (config, self.quant, self.mode, self.dtype, self.backward_dtype)
         y_BTC, updated = Attention(*parts, self.attention, name="attn")(
             LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
         )
@@ -220,6 +224,8 @@ class GPT(nn.Module):
         remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
             "train", without a cache.
         attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
+        backward_dtype: what the operands of the backward pass's products are rounded to (`picogpt_jax.backward`); None:
+            they have the compute type.
     """
 
     config: ModelConfig
@@ -229,17 +235,18 @@ class GPT(nn.Module):
     scan: bool = False
     remat: Remat = "none"
     attention: AttentionForm = "plain"
+    backward_dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
         config = self.config
         parts = (self.quant, self.mode, self.dtype)
-        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, axes=("vocab", "embed"))
+        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, ("vocab", "embed"), self.backward_dtype)
         self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
         self.h: Any
         if self.scan:
-            self.h = Block(config, *parts, self.attention)
+            self.h = Block(config, *parts, self.backward_dtype, self.attention)
         else:
-            self.h = [Block(config, *parts, self.attention) for _ in range(config.n_layer)]
+            self.h = [Block(config, *parts, self.backward_dtype, self.attention) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
 
     def __call__(

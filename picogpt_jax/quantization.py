@@ -18,8 +18,8 @@ The product.  y = int32 * activation_scale * weight_scale in float32, then the b
 Scales and codes always come from float32 values, so the codes do not depend on the compute type.
 
 The gradient.  Straight-through: quantization has gradient one, so dL/dx = g w^T and dL/dw = x^T g are the float
-layer's, at the float operands, in the compute type; `backward_bits=8` makes these products int8 too, with stochastic
-rounding (AQT, arXiv 2105.03536).
+layer's, at the float operands, in the compute type or in a narrower one (`train.backward_dtype`);
+`quant.backward_bits=8` makes these products int8 too, with stochastic rounding (AQT, arXiv 2105.03536).
 
 What stays float.  LayerNorm, softmax, GELU, the residual stream, query-key scores and the attention-value product.
 With `activation_bits=None` the activations do too, and only the weights are int8.
@@ -41,6 +41,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from picogpt_jax import backward
 from picogpt_jax.config import Granularity, QuantConfig
 
 # float: no quantization; train: quantize in the forward pass; convert: the same, and keep the codes in the collection
@@ -109,7 +110,9 @@ def int8_dot(
     return product.astype(jnp.float32) * activation_scale * weight_scale
 
 
-def quantized_dot_general(quant: QuantConfig, mode: Mode, compute_dtype: jnp.dtype) -> nn.Module | None:
+def quantized_dot_general(
+    quant: QuantConfig, mode: Mode, compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None = None
+) -> nn.Module | None:
     """AQT's dot_general as a linen module: lhs are activations, rhs a float32 weight; both float32, as is the result.
 
     In mode "convert" it leaves the weight's codes in the collection "aqt". In mode "float" there is none.
@@ -118,7 +121,7 @@ def quantized_dot_general(quant: QuantConfig, mode: Mode, compute_dtype: jnp.dty
         return None
     convert = mode == "convert"
     return aqt_flax.AqtDotGeneral(
-        cfg=_aqt_config(quant, jnp.dtype(compute_dtype)),
+        cfg=_aqt_config(quant, jnp.dtype(compute_dtype), backward_dtype),
         prng_name="stochastic_rounding" if quant.backward_bits and mode == "train" else None,
         rhs_quant_mode=QuantMode.CONVERT if convert else QuantMode.TRAIN,
         lhs_freeze_mode=aqt_flax.FreezerMode.NONE,
@@ -133,7 +136,9 @@ def converted(collection: Any) -> QuantizedTensor:
     return QuantizedTensor(codes=tensor.qvalue, scale=tensor.scale[0])
 
 
-def _aqt_config(quant: QuantConfig, compute_dtype: jnp.dtype) -> aqt_dot_general.DotGeneral:
+def _aqt_config(
+    quant: QuantConfig, compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None
+) -> aqt_dot_general.DotGeneral:
     aqt = aqt_dot_general.dot_general_make(quant.activation_bits, 8, quant.backward_bits, use_fwd_quant=False)
     for side, bits in ((aqt.fwd.dg_quantizer.lhs, quant.activation_bits), (aqt.fwd.dg_quantizer.rhs, 8)):
         side.numerics = aqt_numerics.get_numerics(bits, preserve_max_val=True)
@@ -141,7 +146,7 @@ def _aqt_config(quant: QuantConfig, compute_dtype: jnp.dtype) -> aqt_dot_general
         aqt.fwd.dg_quantizer.rhs.calib_shared_axes = "per_tensor"
     aqt.fwd.dot_general = _forward_dot
     if quant.backward_bits is None:
-        aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(compute_dtype)
+        aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(compute_dtype, backward_dtype)
     else:
         # AQT's own grid clips the largest value of each slice, which would bias the stochastic rounding.
         for dot in (aqt.dlhs, aqt.drhs):
@@ -163,13 +168,15 @@ def _forward_dot(
 
 
 @functools.cache  # the same object for the same type: AQT compares its static fields by identity
-def _backward_dot(compute_dtype: jnp.dtype) -> Callable[..., Array]:
-    """Float gradients in the compute type (in which int8 codes are exact), as those of the float layer."""
+def _backward_dot(compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None) -> Callable[..., Array]:
+    """Float gradients in the compute type or a narrower one (int8 codes are exact in any), as the float layer's."""
 
     def dot(
         lhs: Array, rhs: Array, dimension_numbers: Any, preferred_element_type: Any = None, precision: Any = None
     ) -> Array:
         del preferred_element_type
+        if backward_dtype is not None:
+            return backward.product(lhs, rhs, dimension_numbers, backward_dtype)
         return lax.dot_general(
             lhs.astype(compute_dtype),
             rhs.astype(compute_dtype),

@@ -1,0 +1,86 @@
+"""Matrix products whose gradients are computed in a narrower type than the products themselves.
+
+A backward pass spends two products of its own on each one of the forward pass. On CPUs that multiply bfloat16, in pairs
+summed in float32, they take half the time that float32 takes there, and only the operands are rounded: the results and
+all sums stay float32. The forward pass, and with it what the model computes, is untouched.
+
+XLA (jaxlib 0.10.2) hands a bfloat16 product to its library of fast CPU kernels only if the left operand's rows and both
+layouts are as the kernels read them, and otherwise computes it in float32. So the layouts are arranged here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# As in `lax.dot_general`: the contracted dimensions of both operands, and their batch dimensions.
+Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def dot_general(
+    lhs: Float[Array, "... M K"], rhs: Float[Array, "..."], dimensions: Dimensions, dtype: jnp.dtype | None
+) -> Float[Array, "..."]:
+    """`lax.dot_general`, with the operands of its gradients' products rounded to `dtype`; None: as they are.
+
+    Args:
+        lhs: its last dimension is contracted; leading ones are a batch.
+        rhs: [..., K, N] or [..., N, K]; what is no matrix has the gradients of `lax.dot_general`.
+    """
+    if dtype is None or lhs.ndim != rhs.ndim:
+        return lax.dot_general(lhs, rhs, dimensions)
+    return _dot_general(lhs, rhs, dimensions, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_general(lhs: Array, rhs: Array, dimensions: Dimensions, dtype: jnp.dtype) -> Array:
+    return lax.dot_general(lhs, rhs, dimensions)
+
+
+def _forward(lhs: Array, rhs: Array, dimensions: Dimensions, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return lax.dot_general(lhs, rhs, dimensions), (lhs, rhs)
+
+
+def _backward(
+    dimensions: Dimensions, dtype: jnp.dtype, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    lhs, rhs = operands
+    (_, (contracted,)), batch = dimensions
+    last, before = lhs.ndim - 1, lhs.ndim - 2
+    lhs_gradient = product(gradient, rhs, (((last,), (before + last - contracted,)), batch), dtype)
+    pair = (lhs, gradient) if contracted == before else (gradient, lhs)
+    return lhs_gradient, product(*pair, (((before,), (before,)), batch), dtype)
+
+
+_dot_general.defvjp(_forward, _backward)
+
+
+def product(
+    lhs: Float[Array, "..."], rhs: Float[Array, "..."], dimensions: Dimensions, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    """`lax.dot_general` of operands rounded to `dtype`, in float32; matrices in the layouts of XLA's CPU kernels."""
+    ((lhs_contracted,), (rhs_contracted,)), batch = dimensions
+    last, before = lhs.ndim - 1, lhs.ndim - 2
+    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+
+    def dot(lhs: Array, rhs: Array, dimensions: Dimensions) -> Array:
+        return lax.optimization_barrier(lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.float32))
+
+    if lhs.ndim != rhs.ndim or len(batch[0]) != before:
+        return dot(lhs, rhs, dimensions)  # not matrices
+    if lhs_contracted == last:
+        return dot(_row_major(lhs), _row_major(rhs), dimensions)
+    # The left operand has to be transposed, and either may be the left one: the narrower it is, the less is moved.
+    if rhs_contracted == before and rhs.shape[-1] < lhs.shape[-1]:
+        return dot(_row_major(rhs.mT), _row_major(lhs), (((last,), (before,)), batch)).mT
+    return dot(_row_major(lhs.mT), _row_major(rhs), (((last,), (rhs_contracted,)), batch))
+
+
+def _row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, stored with its last dimension contiguous.
+
+    XLA takes a transposition to change the layout alone, and looks at it when it picks the kernel; the result of a
+    reshape is row-major. Barriers, here and around the product, keep transpositions from being simplified into it.
+    """
+    return lax.optimization_barrier(lax.optimization_barrier(x[..., None, :]).reshape(x.shape))
