@@ -71,7 +71,9 @@ def test_every_parameter_is_either_a_matrix_or_a_vector(bias: bool) -> None:
 
 
 def test_an_unknown_or_missing_key_or_section_is_named() -> None:
-    with pytest.raises(UserError, match=r"train has unknown keys \['lr'\]; it knows \['attention', 'backward_dtype', 'batch_size', "):
+    with pytest.raises(
+        UserError, match=r"train has unknown keys \['lr'\]; it knows \['attention', 'backward_dtype', 'batch_size', "
+    ):
         Config.from_dict({**sections(), "train": {**sections()["train"], "lr": 1.0}})
     incomplete = sections()
     del incomplete["optimizer"]["beta1"], incomplete["optimizer"]["beta2"]

@@ -18,7 +18,7 @@ from onnx import helper
 from test_int8_model import random_model
 from test_numpy_model import assert_same_logits, numpy_model, random_tokens
 
-from picogpt_jax import cpu, onnx_model, runtime
+from picogpt_jax import onnx_model, runtime
 from picogpt_jax.errors import UserError
 from picogpt_jax.generate import Generator
 from picogpt_jax.int8_model import save_int8_model
@@ -94,24 +94,6 @@ def test_the_exact_kernel_is_taken_where_the_fast_one_could_saturate(
     assert entries == ([] if has_vnni else [("session.x64quantprecision", "1")])
     tokens_BT = random_tokens(4, 16)
     assert_same_logits(model.forward(tokens_BT), numpy_model(random_model()).forward(tokens_BT))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("model name : A\nflags : fpu avx512_vnni\n", True),
-        ("model name : B\nflags : fpu avx2 avx_vnni\n", True),
-        ("model name : C\nflags : fpu avx2 avx512f\n", False),
-        (None, False),
-    ],
-)
-def test_vnni_is_read_from_the_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: bool
-) -> None:
-    if text is not None:
-        (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
-    assert cpu.has_vnni() is expected
 
 
 def rewrite(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:

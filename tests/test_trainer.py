@@ -12,7 +12,7 @@ from picogpt_jax import trainer as trainer_module
 from picogpt_jax.config import Config
 from picogpt_jax.data import Tokens
 from picogpt_jax.sharding import batch_sharding, replicated
-from picogpt_jax.trainer import Batches, Trainer, TrainState, compute_dtype
+from picogpt_jax.trainer import Batches, Trainer, TrainState, backward_dtype, cache_parts, compute_dtype
 
 pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 
@@ -93,6 +93,14 @@ def test_bfloat16_trains_like_float32(on_one_device: Steps) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(steps.state.params)} == {jnp.dtype("float32")}
 
 
+def test_only_the_backward_pass_is_rounded(on_one_device: Steps) -> None:
+    steps = Steps.take(tiny_config(train__backward_dtype="bfloat16"))
+    np.testing.assert_allclose(steps.losses[0], on_one_device.losses[0], rtol=1e-6)
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-3)
+    np.testing.assert_allclose(steps.grad_norms, on_one_device.grad_norms, rtol=0.02)
+    assert np.any(np.abs(steps.grad_norms / on_one_device.grad_norms - 1) > 1e-5)
+
+
 def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
     trainer = Trainer(tiny_config(train__dtype="float16"))
     before = trainer.init()
@@ -120,6 +128,57 @@ def test_the_compute_type_is_chosen_by_name() -> None:
     assert compute_dtype("bfloat16", "cpu") == jnp.bfloat16
     assert compute_dtype("auto", "cpu") == jnp.float32
     assert compute_dtype("auto", "tpu") == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "platform", "has_bfloat16", "expected"),
+    [
+        ("auto", "float32", "cpu", True, "bfloat16"),
+        ("auto", "float32", "cpu", False, None),
+        ("auto", "float32", "gpu", True, None),
+        ("auto", "bfloat16", "cpu", True, None),
+        ("bfloat16", "float32", "cpu", False, "bfloat16"),
+        ("bfloat16", "bfloat16", "tpu", True, None),
+        ("same", "float32", "cpu", True, None),
+    ],
+)
+def test_the_type_of_the_backward_pass_is_chosen_by_name_and_processor(
+    name: str, dtype: str, platform: str, has_bfloat16: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "has_bfloat16", lambda: has_bfloat16)
+    found = backward_dtype(name, jnp.dtype(dtype), platform)
+    assert found == (expected and jnp.dtype(expected))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "sequence_bytes", "parts"),
+    [(16, 128 * 192 * 4, 4), (16, 512 << 10, 16), (16, (512 << 10) + 4, 1), (16, 4, 1), (6, 200 << 10, 3), (1, 4, 1)],
+)
+def test_a_cpu_device_computes_as_many_sequences_as_its_cache_holds(
+    sequences: int, sequence_bytes: int, parts: int
+) -> None:
+    assert cache_parts(sequences, sequence_bytes) == parts
+
+
+def test_a_batch_in_parts_for_the_cache_is_the_batch(on_one_device: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With accumulation too, on two devices: what each one holds is split again."""
+    monkeypatch.setattr(trainer_module, "CACHE_BYTES", 8 * 16 * 4)  # one sequence
+    steps = Steps.take(tiny_config(mesh__data=2, train__gradient_accumulation_steps=2), n_devices=2)
+    assert steps.trainer.parts == 4
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-4)
+    np.testing.assert_allclose(steps.grad_norms, on_one_device.grad_norms, rtol=2e-3)
+
+
+def test_long_sums_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of a step are split in two where a parameter is long, so that its norm's terms are not lost."""
+    assert "reduce-window" not in step_text()
+    monkeypatch.setattr(trainer_module, "SHORT_SUM", 100)
+    assert "reduce-window" in step_text()
+
+
+def step_text() -> str:
+    trainer = Trainer(tiny_config())
+    return trainer.steps.lower(trainer.abstract_state, None, placed(trainer), "train").compile().as_text()
 
 
 def test_quantization_starts_at_its_step() -> None:

@@ -20,7 +20,8 @@ TRAIN_BIN = VOCABULARY.encode(TEXT)
 BATCHES = TRAIN_BIN[np.arange(32).reshape(4, 8, 1) + np.arange(9)]  # of four steps: uint16 [4, 8, 9]
 TINY = {
     "model": dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY.size),
-    "train": dict(batch_size=8, max_iters=8, eval_interval=4, eval_iters=2, log_interval=2, dtype="float32"),
+    "train": dict(batch_size=8, max_iters=8, eval_interval=4, eval_iters=2, log_interval=2)
+    | dict(dtype="float32", backward_dtype="same"),  # the same on every processor
     "optimizer": dict(learning_rate=3e-2, min_lr=3e-3, warmup_iters=2, lr_decay_iters=120),
     "mesh": dict(data=1),
 }
