@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax import backward, rounding, sharding
+from picogpt_jax import products, rounding, sharding
 from picogpt_jax.config import AttentionForm, ModelConfig
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.dropout import DropoutKey, dropout
@@ -236,7 +236,7 @@ def key_products(
 ) -> Float[Array, "B H t S"]:
     """Scaled query-key products, in float32 at least."""
     by_heads = (((3,), (3,)), ((0, 1), (0, 1)))
-    scores_BHtS = backward.dot_general(q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHSD, by_heads, backward_dtype)
+    scores_BHtS = products.dot_general(q_BHtD * q_BHtD.shape[3] ** -0.5, k_BHSD, by_heads, backward_dtype)
     return scores_BHtS.astype(jnp.promote_types(scores_BHtS.dtype, jnp.float32))
 
 
@@ -250,7 +250,7 @@ def causal(
     """Attention of the last t of T positions; `drop` is the dropout on the weights."""
     scores_BHtT = causal_scores(q_BHtD, k_BHTD, backward_dtype)
     weights_BHtT = jax.nn.softmax(scores_BHtT, axis=-1).astype(v_BHTD.dtype)
-    return backward.dot_general(drop(weights_BHtT), v_BHTD, (((3,), (2,)), ((0, 1), (0, 1))), backward_dtype)
+    return products.dot_general(drop(weights_BHtT), v_BHTD, (((3,), (2,)), ((0, 1), (0, 1))), backward_dtype)
 
 
 def cached_attention(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax import backward, rounding
+from picogpt_jax import products, rounding
 from picogpt_jax.config import QuantConfig
 from picogpt_jax.quantization import (
     INT8_COLLECTION,
@@ -126,7 +126,7 @@ def matmul(
     # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
     x_NI = x.reshape(-1, x.shape[-1])
     if dot_general is None:
-        y_NO = backward.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers, backward_dtype)
+        y_NO = products.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers, backward_dtype)
     else:
         y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
     return y_NO.reshape(*x.shape[:-1], *y_NO.shape[1:])

@@ -224,7 +224,7 @@ class GPT(nn.Module):
         remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
             "train", without a cache.
         attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
-        backward_dtype: what the operands of the backward pass's products are rounded to (`picogpt_jax.backward`); None:
+        backward_dtype: what the operands of the backward pass's products are rounded to (`picogpt_jax.products`); None:
             they have the compute type.
     """
 

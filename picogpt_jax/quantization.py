@@ -41,7 +41,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from picogpt_jax import backward
+from picogpt_jax import products
 from picogpt_jax.config import Granularity, QuantConfig
 
 # float: no quantization; train: quantize in the forward pass; convert: the same, and keep the codes in the collection
@@ -176,7 +176,7 @@ def _backward_dot(compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None) ->
     ) -> Array:
         del preferred_element_type
         if backward_dtype is not None:
-            return backward.product(lhs, rhs, dimension_numbers, backward_dtype)
+            return products.of_rounded(lhs, rhs, dimension_numbers, backward_dtype)
         return lax.dot_general(
             lhs.astype(compute_dtype),
             rhs.astype(compute_dtype),

@@ -1,4 +1,4 @@
-"""The products of the backward pass: their values in every layout, and that a CPU computes them as bfloat16."""
+"""Products with rounded gradients: their values in every layout, and that a CPU computes them as bfloat16."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from picogpt_jax import backward
+from picogpt_jax import products
 from picogpt_jax.cpu import has_bfloat16
 from picogpt_jax.devices import compiler_options
 
@@ -52,7 +52,7 @@ def test_gradients_are_products_of_rounded_operands(
         return x.mT if transposed else x
 
     def backward_pass(lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        product = lambda lhs, rhs: backward.dot_general(lhs, rhs, dimensions, BFLOAT16)  # noqa: E731
+        product = lambda lhs, rhs: products.dot_general(lhs, rhs, dimensions, BFLOAT16)  # noqa: E731
         y, gradients = jax.vjp(product, turned(lhs), turned(rhs))
         lhs_gradient, rhs_gradient = gradients(turned(gradient))
         return y, turned(lhs_gradient), turned(rhs_gradient)
@@ -73,7 +73,7 @@ def test_gradients_are_products_of_rounded_operands(
 def test_what_is_rounded(dtype: jnp.dtype | None, outputs: tuple[int, ...], is_rounded: bool) -> None:
     """Nothing without a type, nor where an operand is no matrix."""
     lhs, rhs = jnp.asarray(normal(0, 8, 6)), jnp.asarray(normal(1, 6, 4))
-    product = lambda lhs: backward.dot_general(lhs, rhs.reshape(6, *outputs), (((1,), (0,)), ((), ())), dtype)  # noqa: E731
+    product = lambda lhs: products.dot_general(lhs, rhs.reshape(6, *outputs), (((1,), (0,)), ((), ())), dtype)  # noqa: E731
     error = np.abs(jax.grad(lambda lhs: product(lhs).sum())(lhs) - rhs.sum(1)[None]).max()
     assert (error > 1e-4) == is_rounded, error
     assert error < 0.02
@@ -87,7 +87,7 @@ def test_a_cpu_that_multiplies_bfloat16_does_so(transposed: bool) -> None:
 
     def backward_pass(x: jax.Array, weight: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, weight, gradient = (a.mT if transposed else a for a in (x, weight, gradient))
-        dot = lambda x, weight: backward.dot_general(x, weight, (((1,), (0,)), ((), ())), BFLOAT16)  # noqa: E731
+        dot = lambda x, weight: products.dot_general(x, weight, (((1,), (0,)), ((), ())), BFLOAT16)  # noqa: E731
         return jax.vjp(dot, x, weight)[1](gradient)
 
     arrays = (swapped(normal(i, *shape), transposed) for i, shape in enumerate([(128, 64), (64, 96), (128, 96)]))

@@ -48,15 +48,15 @@ def _backward(
     lhs, rhs = operands
     (_, (contracted,)), batch = dimensions
     last, before = lhs.ndim - 1, lhs.ndim - 2
-    lhs_gradient = product(gradient, rhs, (((last,), (before + last - contracted,)), batch), dtype)
+    lhs_gradient = of_rounded(gradient, rhs, (((last,), (before + last - contracted,)), batch), dtype)
     pair = (lhs, gradient) if contracted == before else (gradient, lhs)
-    return lhs_gradient, product(*pair, (((before,), (before,)), batch), dtype)
+    return lhs_gradient, of_rounded(*pair, (((before,), (before,)), batch), dtype)
 
 
 _dot_general.defvjp(_forward, _backward)
 
 
-def product(
+def of_rounded(
     lhs: Float[Array, "..."], rhs: Float[Array, "..."], dimensions: Dimensions, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
     """`lax.dot_general` of operands rounded to `dtype`, in float32; matrices in the layouts of XLA's CPU kernels."""
@@ -70,14 +70,14 @@ def product(
     if lhs.ndim != rhs.ndim or len(batch[0]) != before:
         return dot(lhs, rhs, dimensions)  # not matrices
     if lhs_contracted == last:
-        return dot(_row_major(lhs), _row_major(rhs), dimensions)
+        return dot(row_major(lhs), row_major(rhs), dimensions)
     # The left operand has to be transposed, and either may be the left one: the narrower it is, the less is moved.
     if rhs_contracted == before and rhs.shape[-1] < lhs.shape[-1]:
-        return dot(_row_major(rhs.mT), _row_major(lhs), (((last,), (before,)), batch)).mT
-    return dot(_row_major(lhs.mT), _row_major(rhs), (((last,), (rhs_contracted,)), batch))
+        return dot(row_major(rhs.mT), row_major(lhs), (((last,), (before,)), batch)).mT
+    return dot(row_major(lhs.mT), row_major(rhs), (((last,), (rhs_contracted,)), batch))
 
 
-def _row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`, stored with its last dimension contiguous.
 
     XLA takes a transposition to change the layout alone, and looks at it when it picks the kernel; the result of a
