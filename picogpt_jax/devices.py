@@ -19,9 +19,8 @@ COMPILER_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
-# XLA adds up more than 32 terms in two stages, for precision, in slow loops of their own: 5% of a training step. Only
-# for programs without sums of millions of terms.
-CPU_SHORT_SUMS: dict[str, str | bool] = {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+
+SHORT_SUM = 1 << 20  # terms that a float32 sum adds up one by one, each still far above the rounding of the total
 
 
 def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
@@ -69,3 +68,16 @@ def cores() -> int:
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
     """Options for `jax.jit` on a platform; None: the one at hand."""
     return COMPILER_OPTIONS | (CPU_COMPILER_OPTIONS if (platform or jax.default_backend()) == "cpu" else {})
+
+
+def cpu_step_options(longest_sum: int) -> dict[str, str | bool]:
+    """`compiler_options` of a training step on CPU, which leaves two of XLA's passes out.
+
+    One removes the barriers that `picogpt_jax.stored` sets. The other adds up more than 32 terms in two stages, for
+    precision, in slow loops of their own; where the longest sum is short, it is done without.
+
+    Args:
+        longest_sum: terms of the longest sum of the program.
+    """
+    passes = ["cse_barrier_expander"] + (["tree_reduction_rewriter"] if longest_sum <= SHORT_SUM else [])
+    return compiler_options("cpu") | {"xla_disable_hlo_passes": ",".join(passes)}

@@ -1,11 +1,11 @@
 """Matrix products whose gradients are computed in a narrower type than the products themselves.
 
-A backward pass spends two products of its own on each one of the forward pass. On CPUs that multiply bfloat16, in pairs
-summed in float32, they take half the time that float32 takes there, and only the operands are rounded: the results and
-all sums stay float32. The forward pass, and with it what the model computes, is untouched.
+A backward pass spends two products of its own on each one of the forward pass. CPUs with instructions for bfloat16 (its
+products are added up in float32) take half the time for them, and only the operands are rounded: the results and all
+sums stay float32. The forward pass, and with it what the model computes, is untouched.
 
-XLA (jaxlib 0.10.2) hands a bfloat16 product to its library of fast CPU kernels only if the left operand's rows and both
-layouts are as the kernels read them, and otherwise computes it in float32. So the layouts are arranged here.
+XLA (jaxlib 0.10.2) hands a bfloat16 product to YNNPACK, which has such kernels, only if the left operand is [M, K] and
+both are known to be row-major early on, and otherwise computes it in float32. So the layouts are arranged here.
 """
 
 import functools

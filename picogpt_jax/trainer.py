@@ -18,7 +18,7 @@ from picogpt_jax import attention, checkpoint, layers, sharding
 from picogpt_jax.config import AttentionForm, Config
 from picogpt_jax.cpu import has_bfloat16
 from picogpt_jax.data import Tokens, batch_starts
-from picogpt_jax.devices import CPU_SHORT_SUMS, compiler_options
+from picogpt_jax.devices import compiler_options, cpu_step_options
 from picogpt_jax.dropout import DropoutKey, fold
 from picogpt_jax.evaluate import Evaluator
 from picogpt_jax.model import GPT
@@ -27,7 +27,6 @@ from picogpt_jax.quantization import Mode
 
 RESIDENT_BYTES = 256 << 20  # a training split up to this size lies on the device
 CACHE_BYTES = 1 << 19  # of activations [b, T, C] on a CPU device: half of what a core's second-level cache holds
-SHORT_SUM = 1 << 20  # terms that a float32 sum adds up one by one, each still far above the rounding of the total
 FIRST_LOSS_SCALE = 2.0**15  # float16: as in PyTorch's GradScaler, halved at an overflow, doubled after 2,000 good steps
 STEPS_TO_DOUBLE = 2000
 
@@ -107,10 +106,8 @@ class Trainer:
         self.attention = self._attention(device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
-        options = self.compiler_options
-        longest = max(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))  # of the gradient's norm
-        if device.platform == "cpu" and longest <= SHORT_SUM:
-            options = options | CPU_SHORT_SUMS
+        longest_sum = max(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))  # of the gradient's norm
+        options = cpu_step_options(longest_sum) if device.platform == "cpu" else self.compiler_options
         self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
 
     def _attention(self, device: jax.Device) -> AttentionForm:

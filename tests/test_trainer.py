@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import BATCHES, TRAIN_BIN, VOCABULARY, same, tiny_config
 
+from picogpt_jax import devices
 from picogpt_jax import trainer as trainer_module
 from picogpt_jax.config import Config
 from picogpt_jax.data import Tokens
@@ -172,7 +173,7 @@ def test_a_batch_in_parts_for_the_cache_is_the_batch(on_one_device: Steps, monke
 def test_long_sums_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums of a step are split in two where a parameter is long, so that its norm's terms are not lost."""
     assert "reduce-window" not in step_text()
-    monkeypatch.setattr(trainer_module, "SHORT_SUM", 100)
+    monkeypatch.setattr(devices, "SHORT_SUM", 100)
     assert "reduce-window" in step_text()
 
 
