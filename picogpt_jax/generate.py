@@ -71,13 +71,15 @@ class Generator:
             sharding.check_divides("heads", "the attention heads (model.n_head)", model.config.n_head, mesh)
         self.block_size = model.config.block_size
         self._variables = {1: variables}  # number of devices -> a copy on each of them
-        self._prefill = jax.jit(self._prefill_impl, compiler_options=compiler_options())
+        # A softmax sums over the positions, a LayerNorm over the width; products are no sums here.
+        options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_hidden))
+        self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
         self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
         self._extend = jax.jit(
             self._extend_impl,
             static_argnames=("top_k", "overflow"),
             donate_argnums=1,
-            compiler_options=compiler_options(),
+            compiler_options=options,
         )
 
     @classmethod

@@ -2,7 +2,7 @@
 
 XLA's CPU compiler copies a cheap computation into every loop that reads its result. In a training step these copies
 grow: each reader of the residual stream, forward and backward, added up all layers before it again, dropout's masks
-included. A barrier that the compiler keeps (`devices.cpu_step_options`) ends the chain: what is before it is stored.
+included. A barrier that the compiler keeps (`devices.BARRIER_PASS`) ends the chain: what is before it is stored.
 Accelerators decide by themselves what to store.
 """
 

@@ -18,7 +18,7 @@ from picogpt_jax import attention, checkpoint, layers, sharding
 from picogpt_jax.config import AttentionForm, Config
 from picogpt_jax.cpu import has_bfloat16
 from picogpt_jax.data import Tokens, batch_starts
-from picogpt_jax.devices import compiler_options, cpu_step_options
+from picogpt_jax.devices import compiler_options
 from picogpt_jax.dropout import DropoutKey, fold
 from picogpt_jax.evaluate import Evaluator
 from picogpt_jax.model import GPT
@@ -107,7 +107,7 @@ class Trainer:
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
         longest_sum = max(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))  # of the gradient's norm
-        options = cpu_step_options(longest_sum) if device.platform == "cpu" else self.compiler_options
+        options = compiler_options(device.platform, longest_sum)
         self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
 
     def _attention(self, device: jax.Device) -> AttentionForm:

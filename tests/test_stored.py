@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from picogpt_jax.devices import cpu_step_options
+from picogpt_jax.devices import compiler_options
 from picogpt_jax.stored import scaled, stored
 
 X = jax.random.normal(jax.random.key(0), (64, 32))
@@ -20,7 +20,7 @@ def loops_with_the_value(keep: bool) -> int:
         y = stored(y) if keep else y
         return y.sum(0), y.T + 1.0
 
-    text = jax.jit(readers, compiler_options=cpu_step_options(1)).lower(X).compile().as_text()
+    text = jax.jit(readers, compiler_options=compiler_options("cpu")).lower(X).compile().as_text()
     return len(re.findall(r" abs\(", text))
 
 
@@ -35,7 +35,7 @@ def test_values_and_gradients_stay_as_they_are() -> None:
     def of(x: jax.Array, scale: jax.Array) -> jax.Array:
         return (scaled(jnp.sin(stored(x)), scale) * X).sum()
 
-    step = jax.jit(jax.value_and_grad(of, argnums=(0, 1)), compiler_options=cpu_step_options(1))
+    step = jax.jit(jax.value_and_grad(of, argnums=(0, 1)), compiler_options=compiler_options("cpu"))
     value, (x_gradient, scale_gradient) = step(X, scale)
     np.testing.assert_allclose(value, (np.sin(X) * scale * X).sum(), rtol=1e-5)
     np.testing.assert_allclose(x_gradient, np.cos(X) * scale * X, rtol=1e-5, atol=1e-5)
