@@ -72,8 +72,8 @@ def compiler_options(platform: str | None = None, longest_sum: int | None = None
 
     Args:
         platform: of the devices; None: the one at hand.
-        longest_sum: terms of the longest sum in the program; None: it may be long. On CPU short ones are added up in one
-            loop, which saves a training step 5% and a step of generation 20%.
+        longest_sum: terms of the longest sum in the program; None: it may be long. On CPU short ones are added up in
+            one loop, which saves a training step 5% and a step of generation 20%.
     """
     if (platform or jax.default_backend()) != "cpu":
         return COMPILER_OPTIONS
