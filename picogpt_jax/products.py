@@ -60,7 +60,7 @@ def of_rounded(
     lhs: Float[Array, "..."], rhs: Float[Array, "..."], dimensions: Dimensions, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
     """`lax.dot_general` of operands rounded to `dtype`, in float32; matrices in the layouts of XLA's CPU kernels."""
-    ((lhs_contracted,), (rhs_contracted,)), batch = dimensions
+    contracted, batch = dimensions
     last, before = lhs.ndim - 1, lhs.ndim - 2
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
 
@@ -68,7 +68,8 @@ def of_rounded(
         return lax.optimization_barrier(lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.float32))
 
     if lhs.ndim != rhs.ndim or len(batch[0]) != before:
-        return dot(lhs, rhs, dimensions)  # not matrices
+        return dot(lhs, rhs, dimensions)  # not matrices, such as heads that are split over devices
+    (lhs_contracted,), (rhs_contracted,) = contracted
     if lhs_contracted == last:
         return dot(row_major(lhs), row_major(rhs), dimensions)
     # The left operand has to be transposed, and either may be the left one: the narrower it is, the less is moved.

@@ -1,6 +1,6 @@
 import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,16 @@ def test_bfloat16_trains_like_float32(on_one_device: Steps) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(steps.state.params)} == {jnp.dtype("float32")}
 
 
-def test_only_the_backward_pass_is_rounded(on_one_device: Steps) -> None:
-    steps = Steps.take(tiny_config(train__backward_dtype="bfloat16"))
+@pytest.mark.parametrize(
+    ("n_devices", "changes"),
+    [
+        (1, {}),
+        (4, dict(mesh__fsdp=2, mesh__tensor=2)),
+        (1, dict(train__scan_layers=True, train__remat="dots")),
+    ],
+)
+def test_only_the_backward_pass_is_rounded(n_devices: int, changes: dict[str, Any], on_one_device: Steps) -> None:
+    steps = Steps.take(tiny_config(train__backward_dtype="bfloat16", **changes), n_devices)
     np.testing.assert_allclose(steps.losses[0], on_one_device.losses[0], rtol=1e-6)
     np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-3)
     np.testing.assert_allclose(steps.grad_norms, on_one_device.grad_norms, rtol=0.02)
