@@ -45,8 +45,8 @@ def get_config() -> ConfigDict:
     config.train.scan_layers = False
     # What the backward pass computes again: none | block (all but each block's input) | dots (all but matmul results)
     config.train.remat = "none"
-    # What the operands of the backward pass's products are rounded to: same (as dtype, nothing) | bfloat16 | auto:
-    # bfloat16 where dtype is float32 and the CPU multiplies bfloat16, which is faster there.
+    # What the operands of the backward pass's products are rounded to, where dtype is float32: same (not rounded) |
+    # bfloat16 | auto: bfloat16 on a CPU with instructions for it, which is faster. quant.backward_bits goes before it.
     config.train.backward_dtype = "auto"
     config.train.attention = "auto"  # plain | cudnn (GPU) | splash (TPU) | auto: what is measured to be fastest
 

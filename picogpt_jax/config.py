@@ -146,7 +146,7 @@ class TrainConfig:
     scan_layers: bool = False
     remat: Remat = "none"
     attention: AttentionForm = "auto"
-    backward_dtype: Literal["same", "bfloat16", "auto"] = "auto"
+    backward_dtype: Literal["same", "bfloat16", "auto"] = "same"
 
     def __post_init__(self) -> None:
         _check_types(self, "train")

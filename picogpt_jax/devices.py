@@ -19,10 +19,10 @@ COMPILER_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 CPU_COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
-# XLA's passes that are left out on CPU: one removes the barriers that `picogpt_jax.stored` sets; the other adds up more
-# than 32 terms in two stages, for precision, in slow loops of their own.
+# XLA's passes that are left out on CPU: one removes the barriers that `picogpt_jax.barriers` sets; the other adds up
+# more than 32 terms in two stages, for precision, in slow loops of their own.
 BARRIER_PASS, TWO_STAGE_SUM_PASS = "cse_barrier_expander", "tree_reduction_rewriter"
-SHORT_SUM = 1 << 20  # terms that a float32 sum adds up one by one, each still far above the rounding of the total
+SHORT_SUM = 1 << 20  # terms: so many squares of normal numbers, added up in one float32 loop, are wrong by 1e-5
 
 
 def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:

@@ -72,7 +72,7 @@ class Generator:
         self.block_size = model.config.block_size
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         # A softmax sums over the positions, a LayerNorm over the width; products are no sums here.
-        options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_hidden))
+        options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
         self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
         self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
         self._extend = jax.jit(

@@ -20,6 +20,7 @@ from absl import logging
 from jax import lax
 from jaxtyping import Array, UInt32
 
+from picogpt_jax.devices import TWO_STAGE_SUM_PASS
 from picogpt_jax.distributed import AgreedError
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
@@ -58,7 +59,7 @@ def compiled_checksums() -> Any:
     Several programs with sums over devices, under way at once on CPU, can wait for each other's threads. XLA for CPU
     would write down every product, as large as its array, to add them up in windows.
     """
-    options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if jax.default_backend() == "cpu" else None
+    options = {"xla_disable_hlo_passes": TWO_STAGE_SUM_PASS} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda arrays: jax.tree.map(checksum, arrays), compiler_options=options)
 
 

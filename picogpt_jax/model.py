@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from picogpt_jax import attention, rounding
+from picogpt_jax.barriers import materialized, scaled
 from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
 from picogpt_jax.dropout import DropoutKey, dropout
 from picogpt_jax.linear import Dense, Embedding, as_row
 from picogpt_jax.quantization import Mode
 from picogpt_jax.sharding import constrain
-from picogpt_jax.stored import scaled, stored
 
 # Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
 LayerCache = tuple[Array, Array, Array]
@@ -65,6 +65,7 @@ class LayerNorm(nn.Module):
         def normalize(x: Array, scale: Array, *bias: Array) -> Array:
             centred = x - x.mean(-1, keepdims=True)
             inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+            # As served; and, in training, with a gradient of the scale that is fast on CPU.
             y = centred * (inverse * scale) if exact else scaled(centred * inverse, scale)
             return y + bias[0] if bias else y
 
@@ -210,11 +211,12 @@ class Block(nn.Module):
         y_BTC, updated = Attention(*parts, self.attention, name="attn")(
             LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
         )
-        keep = (lambda x: x) if exact else stored
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
-        x_BTC = keep(constrain(x_BTC, "batch", None, None))
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        x_BTC = x_BTC if exact else materialized(x_BTC)
         x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key)
-        return keep(constrain(x_BTC, "batch", None, None)), updated
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        return x_BTC if exact else materialized(x_BTC), updated
 
 
 class GPT(nn.Module):
@@ -282,8 +284,8 @@ class GPT(nn.Module):
         positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
         # From tables split along their width, rows come in parts; then each goes whole to its device.
         x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
-        if key is not None:
-            x_BTC = stored(dropout(x_BTC, config.dropout, key, "embeddings"))
+        x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
+        x_BTC = x_BTC if key is None else materialized(x_BTC)
         updates: list[Any] = []
         if self.scan or self.remat != "none":
             if cache is not None or keep_cache or last_only:

@@ -1,4 +1,4 @@
-"""Matrix products whose gradients are computed in a narrower type than the products themselves.
+"""Matrix products in float32 whose gradients are computed in a narrower type.
 
 A backward pass spends two products of its own on each one of the forward pass. CPUs with instructions for bfloat16 (its
 products are added up in float32) take half the time for them, and only the operands are rounded: the results and all
@@ -26,7 +26,8 @@ def dot_general(
 
     Args:
         lhs: its last dimension is contracted; leading ones are a batch.
-        rhs: [..., K, N] or [..., N, K]; what is no matrix has the gradients of `lax.dot_general`.
+        rhs: [..., K, N] or [..., N, K]; what is no matrix, such as heads that are split over devices, has the gradients
+            of `lax.dot_general`.
     """
     if dtype is None or lhs.ndim != rhs.ndim:
         return lax.dot_general(lhs, rhs, dimensions)
@@ -68,7 +69,7 @@ def of_rounded(
         return lax.optimization_barrier(lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.float32))
 
     if lhs.ndim != rhs.ndim or len(batch[0]) != before:
-        return dot(lhs, rhs, dimensions)  # not matrices, such as heads that are split over devices
+        return dot(lhs, rhs, dimensions)  # not matrices
     (lhs_contracted,), (rhs_contracted,) = contracted
     if lhs_contracted == last:
         return dot(row_major(lhs), row_major(rhs), dimensions)

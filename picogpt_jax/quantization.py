@@ -169,7 +169,7 @@ def _forward_dot(
 
 @functools.cache  # the same object for the same type: AQT compares its static fields by identity
 def _backward_dot(compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None) -> Callable[..., Array]:
-    """Float gradients in the compute type or a narrower one (int8 codes are exact in any), as the float layer's."""
+    """Float gradients in the compute type, or of operands rounded to `backward_dtype`, as the float layer's."""
 
     def dot(
         lhs: Array, rhs: Array, dimension_numbers: Any, preferred_element_type: Any = None, precision: Any = None

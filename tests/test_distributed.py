@@ -341,11 +341,12 @@ def test_a_proxy_does_not_stand_between_the_processes(site: Site, one: Path) -> 
     finish(site.launch(2, 1, *flags, http_proxy=proxy, https_proxy=proxy))
 
 
-def test_processes_must_agree_on_the_configuration(site: Site) -> None:
+@pytest.mark.parametrize(("key", "values"), [("train__seed", (0, 1)), ("train__backward_dtype", ("auto", "same"))])
+def test_processes_must_agree_on_the_configuration(site: Site, key: str, values: tuple[object, object]) -> None:
     address = f"--coordinator_address=localhost:{free_port()}"
     members = [
         site.start(
-            1, *site.flags(site.folder / "differ", train__seed=i), address, "--num_processes=2", f"--process_id={i}"
+            1, *site.flags(site.folder / key, **{key: values[i]}), address, "--num_processes=2", f"--process_id={i}"
         )
         for i in range(2)
     ]

@@ -1,4 +1,6 @@
+import collections
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -6,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from tiny import BATCHES, TRAIN_BIN, VOCABULARY, same, tiny_config
 
 from picogpt_jax import devices
@@ -110,6 +113,43 @@ def test_only_the_backward_pass_is_rounded(n_devices: int, changes: dict[str, An
     assert np.any(np.abs(steps.grad_norms / on_one_device.grad_norms - 1) > 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "bfloat16", "int8", "float32"),
+    [
+        (dict(train__backward_dtype="bfloat16"), 14, 5, 2),  # 7 products, attention's two in float
+        (dict(train__backward_dtype="bfloat16", quant__mode="none"), 14, 0, 7),
+        ({}, 0, 5, 16),
+    ],
+)
+def test_every_product_of_the_backward_pass_is_rounded(
+    changes: dict[str, Any], bfloat16: int, int8: int, float32: int
+) -> None:
+    trainer = Trainer(tiny_config(**changes))
+    mode = trainer.mode_at(0)
+    gradients = jax.make_jaxpr(lambda state, tokens: trainer._gradients(state, tokens, mode))
+    types = collections.Counter(operand_types(gradients(trainer.abstract_state, BATCHES[0].astype(np.int32)).jaxpr))
+    assert types == collections.Counter(dict(bfloat16=bfloat16, int8=int8, float32=float32))
+
+
+def operand_types(jaxpr: Any) -> Iterator[str]:
+    """Of each matrix product in a program, and in those that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.invars[0].aval.dtype.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from operand_types(inner)
+
+
+def test_only_a_cpu_is_told_what_to_store() -> None:
+    """Accelerators keep the one barrier of `split_heads`."""
+    trainer = Trainer(tiny_config())
+    program = trainer.steps.trace(trainer.abstract_state, None, placed(trainer), "train")
+    barriers = [
+        program.lower(lowering_platforms=(name,)).as_text().count("optimization_barrier") for name in ("cpu", "tpu")
+    ]
+    assert barriers == [10, 1]
+
+
 def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
     trainer = Trainer(tiny_config(train__dtype="float16"))
     before = trainer.init()
@@ -148,6 +188,7 @@ def test_the_compute_type_is_chosen_by_name() -> None:
         ("auto", "bfloat16", "cpu", True, None),
         ("bfloat16", "float32", "cpu", False, "bfloat16"),
         ("bfloat16", "bfloat16", "tpu", True, None),
+        ("bfloat16", "float16", "cpu", True, None),
         ("same", "float32", "cpu", True, None),
     ],
 )
@@ -160,18 +201,18 @@ def test_the_type_of_the_backward_pass_is_chosen_by_name_and_processor(
 
 
 @pytest.mark.parametrize(
-    ("sequences", "sequence_bytes", "parts"),
-    [(16, 128 * 192 * 4, 4), (16, 512 << 10, 16), (16, (512 << 10) + 4, 1), (16, 4, 1), (6, 200 << 10, 3), (1, 4, 1)],
+    ("sequences", "block_size", "width", "parts"),
+    [(16, 128, 192, 4), (16, 128, 768, 4), (16, 128, 1024, 1), (16, 2048, 192, 16), (16, 8, 16, 1), (6, 200, 192, 3)],
 )
 def test_a_cpu_device_computes_as_many_sequences_as_its_cache_holds(
-    sequences: int, sequence_bytes: int, parts: int
+    sequences: int, block_size: int, width: int, parts: int
 ) -> None:
-    assert cache_parts(sequences, sequence_bytes) == parts
+    assert cache_parts(sequences, block_size, width) == parts
 
 
 def test_a_batch_in_parts_for_the_cache_is_the_batch(on_one_device: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """With accumulation too, on two devices: what each one holds is split again."""
-    monkeypatch.setattr(trainer_module, "CACHE_BYTES", 8 * 16 * 4)  # one sequence
+    monkeypatch.setattr(trainer_module, "PART_TOKENS", 8)  # one sequence
     steps = Steps.take(tiny_config(mesh__data=2, train__gradient_accumulation_steps=2), n_devices=2)
     assert steps.trainer.parts == 4
     np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=2e-4)

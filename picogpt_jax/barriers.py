@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 
 @jax.custom_vjp
-def stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, stored on CPU; so is its gradient."""
+def materialized(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, materialized on CPU; so is its gradient."""
     return _barrier(x)
 
 
@@ -36,5 +36,5 @@ def _barrier(x: Float[Array, "..."]) -> Array:
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-stored.defvjp(lambda x: (_barrier(x), None), lambda _, gradient: (_barrier(gradient),))
+materialized.defvjp(lambda x: (_barrier(x), None), lambda _, gradient: (_barrier(gradient),))
 scaled.defvjp(lambda x, scale: (x * scale, (x, scale)), _scaled_backward)

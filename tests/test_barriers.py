@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from picogpt_jax.barriers import materialized, scaled
 from picogpt_jax.devices import compiler_options
-from picogpt_jax.stored import scaled, stored
 
 X = jax.random.normal(jax.random.key(0), (64, 32))
 
@@ -17,7 +17,7 @@ def loops_with_the_value(keep: bool) -> int:
 
     def readers(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = jnp.abs(x) * 3.0
-        y = stored(y) if keep else y
+        y = materialized(y) if keep else y
         return y.sum(0), y.T + 1.0
 
     text = jax.jit(readers, compiler_options=compiler_options("cpu")).lower(X).compile().as_text()
@@ -26,14 +26,14 @@ def loops_with_the_value(keep: bool) -> int:
 
 def test_a_stored_value_is_computed_once() -> None:
     assert loops_with_the_value(keep=True) == 1
-    assert loops_with_the_value(keep=False) == 2, "the compiler has learned it: stored.py may go"
+    assert loops_with_the_value(keep=False) == 2, "the compiler has learned it: barriers.py may go"
 
 
 def test_values_and_gradients_stay_as_they_are() -> None:
     scale = jnp.arange(1.0, 33.0)[None]
 
     def of(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return (scaled(jnp.sin(stored(x)), scale) * X).sum()
+        return (scaled(jnp.sin(materialized(x)), scale) * X).sum()
 
     step = jax.jit(jax.value_and_grad(of, argnums=(0, 1)), compiler_options=compiler_options("cpu"))
     value, (x_gradient, scale_gradient) = step(X, scale)
