@@ -76,8 +76,8 @@ def backward_dtype(name: str, dtype: jnp.dtype, platform: str) -> jnp.dtype | No
 def cache_parts(sequences: int, block_size: int, width: int) -> int:
     """In how many parts a CPU device computes its sequences, so that activations stay in a core's second-level cache.
 
-    A part has `PART_TOKENS` tokens or is one sequence. On a Zen 4 core with 1 MiB a step is shorter by 10% at width 192,
-    11% at 384 and 3% at 768, and longer by 10% at 1,024, where adding up the parts' gradients costs more.
+    A part has `PART_TOKENS` tokens or is one sequence. On Zen 4 cores with 1 MiB each a step is shorter by 10% at width
+    192, 11% at 384 and 3% at 768, and longer by 10% at 1,024, where adding up the parts' gradients costs more.
     """
     if width > WIDEST:
         return 1
