@@ -101,9 +101,8 @@ class Trainer:
         data, fsdp, _ = self.mesh.devices.shape
         self.share = self.micro_batch // (data * fsdp)  # sequences of a device
         self.parts = config.train.gradient_accumulation_steps
-        # Each part adds up gradients over the devices, and int8 ones are rounded apart in each.
-        is_one_process = all(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
-        if device.platform == "cpu" and is_one_process and not config.quant.backward_bits:
+        # Also over several processes, which compute the same bits as one. Int8 gradients are rounded apart in each part.
+        if device.platform == "cpu" and not config.quant.backward_bits:
             self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
         self.attention = self._attention(device)
         self.abstract_state = self._abstract_state()
