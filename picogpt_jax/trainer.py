@@ -101,7 +101,7 @@ class Trainer:
         data, fsdp, _ = self.mesh.devices.shape
         self.share = self.micro_batch // (data * fsdp)  # sequences of a device
         self.parts = config.train.gradient_accumulation_steps
-        # Also over several processes, which compute the same bits as one. Int8 gradients are rounded apart in each part.
+        # Over several processes too, which compute the same bits as one. Int8 gradients are rounded apart in a part.
         if device.platform == "cpu" and not config.quant.backward_bits:
             self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
         self.attention = self._attention(device)
