@@ -220,7 +220,8 @@ print(asked, local.tolist(), sep="|")
         for index in (0, 1)
     ]
     with ended(*started):
-        answers = [finish(process)[0].strip().split("|") for process in started]
+        # The last line: gloo says before it that the processes are connected.
+        answers = [finish(process)[0].splitlines()[-1].split("|") for process in started]
     assert [asked for asked, _ in answers] == ["[(2, 4)]", "[(2, 4)]"], "half of each of two batches of eight"
     config = tiny_config(site.data_dir)
     from picogpt_jax import trainer as trainer_module
