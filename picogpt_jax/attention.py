@@ -267,7 +267,7 @@ def cached_attention(
     seen_S = jnp.arange(keys_BHSD.shape[2]) < length
     before_BHtS = jnp.where(seen_S[None, None, None], before_BHtS, jnp.finfo(before_BHtS.dtype).min)
     scores_BHtS = jnp.concatenate([causal_scores(q_BHtD, k_BHTD), before_BHtS], axis=-1)
-    # The sum of a softmax in float32 depends on its order, and with it the text; the products of so few queries less.
+    # A softmax's float32 sum depends on its order: without float64 fewer texts are the same as in other runtimes.
     weights_BHtS = rounding.in_float64(jax.nn.softmax)(scores_BHtS).astype(v_BHTD.dtype)
     y_BHtD = jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., :time], v_BHTD)
     return y_BHtD + jnp.einsum("bhts,bhsd->bhtd", weights_BHtS[..., time:], values_BHSD)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def materialized(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, materialized on CPU; so is its gradient."""
+    """`x`, computed once and stored, on CPU; so is its gradient. Elsewhere nothing but `x`."""
     return _barrier(x)
 
 

@@ -26,7 +26,7 @@ from picogpt_jax.optimizer import make_optimizer
 from picogpt_jax.quantization import Mode
 
 RESIDENT_BYTES = 256 << 20  # a training split up to this size lies on the device
-PART_TOKENS, WIDEST = 512, 768  # of `cache_parts`
+PART_TOKENS, WIDEST = 512, 768  # of `cache_parts`: tokens of a part; the largest n_embd that is computed in parts
 FIRST_LOSS_SCALE = 2.0**15  # float16: as in PyTorch's GradScaler, halved at an overflow, doubled after 2,000 good steps
 STEPS_TO_DOUBLE = 2000
 
