@@ -1,5 +1,6 @@
 """What processor this is (standard library only)."""
 
+import functools
 import platform
 from pathlib import Path
 
@@ -10,8 +11,13 @@ BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # products of bfloat16 numbers, added up
 
 def cpu() -> tuple[str, set[str]]:
     """The processor's name and the flags of its features; Linux tells both, other systems the name only."""
+    return _read(CPUINFO)
+
+
+@functools.cache
+def _read(cpuinfo: Path) -> tuple[str, set[str]]:
     try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -22,6 +28,15 @@ def cpu() -> tuple[str, set[str]]:
 def has_vnni() -> bool:
     """Whether the processor is known to have instructions for int8 dot products on x86."""
     return not VNNI.isdisjoint(cpu()[1])
+
+
+def wants_unsigned_int8() -> bool:
+    """Whether the processor multiplies unsigned by signed bytes faster than signed ones (x86).
+
+    AVX-512 VNNI has instructions for the former only, AMX for both.
+    """
+    flags = cpu()[1]
+    return "avx512_vnni" in flags and "amx_int8" not in flags
 
 
 def has_bfloat16() -> bool:

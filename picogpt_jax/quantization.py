@@ -43,6 +43,7 @@ from jaxtyping import Array, Float, Int8
 
 from picogpt_jax import products
 from picogpt_jax.config import Granularity, QuantConfig
+from picogpt_jax.int8_product import int8_dot_general
 
 # float: no quantization; train: quantize in the forward pass; convert: the same, and keep the codes in the collection
 # "aqt"; serve: the codes are given, in the collection "int8", and there are no float matrices.
@@ -105,7 +106,7 @@ def int8_dot(
         product = lax.dot_general(x.astype(jnp.float32), weight.codes.astype(jnp.float32), contract_last)
         return product * weight_scale
     activations = quantize(x)
-    product = lax.dot_general(activations.codes, weight.codes, contract_last, preferred_element_type=jnp.int32)
+    product = int8_dot_general(activations.codes, weight.codes, contract_last)
     activation_scale = activations.scale.reshape(*x.shape[:-1], *(1,) * (weight.codes.ndim - 1))
     return product.astype(jnp.float32) * activation_scale * weight_scale
 
@@ -144,22 +145,25 @@ def _aqt_config(
         side.numerics = aqt_numerics.get_numerics(bits, preserve_max_val=True)
     if quant.weight_granularity == "per_tensor":
         aqt.fwd.dg_quantizer.rhs.calib_shared_axes = "per_tensor"
-    aqt.fwd.dot_general = _forward_dot
+    aqt.fwd.dot_general = _dot
     if quant.backward_bits is None:
         aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(compute_dtype, backward_dtype)
     else:
         # AQT's own grid clips the largest value of each slice, which would bias the stochastic rounding.
         for dot in (aqt.dlhs, aqt.drhs):
+            dot.dot_general = _dot
             for side in (dot.dg_quantizer.lhs, dot.dg_quantizer.rhs):
                 side.numerics = aqt_numerics.get_numerics(8, preserve_max_val=True)
         aqt_config.set_stochastic_rounding(aqt, True, True, implementation="jax.uniform")
     return aqt
 
 
-def _forward_dot(
+def _dot(
     lhs: Array, rhs: Array, dimension_numbers: Any, preferred_element_type: Any = None, precision: Any = None
 ) -> Array:
     """int8 x int8 -> int32, or float32 activations times int8 codes (weight-only)."""
+    if lhs.dtype == rhs.dtype == jnp.int8:
+        return int8_dot_general(lhs, rhs, dimension_numbers)
     if lhs.dtype != rhs.dtype:
         rhs = rhs.astype(lhs.dtype)
     return lax.dot_general(
