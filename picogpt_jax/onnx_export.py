@@ -4,39 +4,15 @@
     config.json, generation_config.json    `picogpt_jax.hf_config`
     tokenizer.json, tokenizer_config.json  `picogpt_jax.hf_tokenizer`
 
-    input_ids, position_ids int64 [B, T], attention_mask int64 [B, S],
-    past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
-    -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
-
-One more input need not be given, `logits_to_keep` int64 [1]: the logits of so many last positions are computed, which
-spares the last layer the other ones; 0, the default, is all of them (as in transformers' `forward`).
-
-Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
-the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
-again, and its sum is exact. Unsigned activations times signed weights are ONNX Runtime's fast kernel. On x86 CPUs with
-AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
-an exact one, which is slower with VNNI (`picogpt_jax.onnx_model` sets it where it is needed).
-
-The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
-`exact=False` they are ONNX Runtime's own in float32, and the two scales of a product are multiplied first, which it
-fuses with the product: faster, and now and then another token where two are almost equally likely.
-
-Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
-Runtime computes once, when it loads the model.
-
-Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
+The graph is `picogpt_jax.onnx_graph`.
 """
 
 import json
 import os
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
 
 try:
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
@@ -44,16 +20,13 @@ from picogpt_jax import __version__
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
 from picogpt_jax.hf_config import generation_config, gpt2_config
 from picogpt_jax.hf_tokenizer import tokenizer_files
-from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model, config_to_json
+from picogpt_jax.int8_model import Int8Model, config_to_json
+from picogpt_jax.onnx_graph import GraphBuilder, Weights
 from picogpt_jax.onnx_model import METADATA_KEY, MODEL_FILE
 
 OPSET, IR_VERSION = 20, 9  # of ONNX 1.15, the first with Gelu
+FAST_OPSET, FAST_IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
-ZERO_POINT = np.uint8(128)
-TO_THE_END = np.iinfo(np.int64).max
-HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
-
-Weights = Literal["int8", "float"]
 
 
 def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
@@ -86,200 +59,15 @@ def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) 
         weights: "float": the same graph with the dequantized weights in float32, as a measure for the int8 one.
     """
     graph = GraphBuilder(model, weights, exact).build()
-    opset = helper.make_opsetid("", OPSET)
+    opset, ir_version = (OPSET, IR_VERSION) if exact else (FAST_OPSET, FAST_IR_VERSION)
     proto = helper.make_model(
-        graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="picogpt_jax", producer_version=__version__
+        graph,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+        producer_name="picogpt_jax",
+        producer_version=__version__,
     )
     metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
     helper.set_model_props(proto, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-class GraphBuilder:
-    """Adds nodes in the order of computation; every method takes and returns names of values."""
-
-    def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
-        self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
-
-    def build(self) -> onnx.GraphProto:
-        """The whole model."""
-        config = self.config
-        inputs, outputs = self.signature()
-        self.constant("logits_to_keep", np.zeros(1, np.int64))  # the default of an input
-        first_kept = self.add("Neg", "logits_to_keep")  # -0 is the first of all
-        x_BTC = self.add("Add", self.lookup("wte", "input_ids"), self.lookup("wpe", "position_ids"))
-        mask_B1TS = self.mask()
-        for layer in range(config.n_layer):
-            is_last = layer == config.n_layer - 1
-            x_BTC = self.block(x_BTC, mask_B1TS, layer, first_kept if is_last else None)
-        self.matmul(self.layer_norm(x_BTC, "transformer.ln_f"), "transformer.wte", output="logits")
-        return helper.make_graph(self.nodes, "picogpt", inputs, outputs, list(self.initializers.values()))
-
-    def signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-        """The inputs and outputs, as Optimum names them."""
-        config, info = self.config, helper.make_tensor_value_info
-        time, total = ["batch_size", "sequence_length"], "past_sequence_length + sequence_length"
-        past: list[str | int | None] = ["batch_size", config.n_head, "past_sequence_length", config.head_size]
-        present = [*past[:2], total, config.head_size]
-        inputs = [
-            info("input_ids", TensorProto.INT64, time),
-            info("attention_mask", TensorProto.INT64, ["batch_size", total]),
-            info("position_ids", TensorProto.INT64, time),
-        ]
-        outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "kept_sequence_length", config.vocab_size])]
-        for layer in range(config.n_layer):
-            for part in ("key", "value"):
-                inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
-                outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
-        return [*inputs, info("logits_to_keep", TensorProto.INT64, [1])], outputs
-
-    def constant(self, name: str, value: npt.ArrayLike) -> str:
-        """An initializer, stored once under its name."""
-        if name not in self.initializers:
-            array = np.asarray(value)
-            self.initializers[name] = numpy_helper.from_array(array.copy(order="C"), name)
-        return name
-
-    def integers(self, *values: int) -> str:
-        """An int64 initializer [n]."""
-        return self.constant("integers_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """A node with one output; returns its name."""
-        name = output or f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def lookup(self, table: Literal["wte", "wpe"], ids: str) -> str:
-        """The rows `ids` of an embedding, float32."""
-        name, matrix = f"transformer.{table}", self.model.matrices[f"transformer.{table}"]
-        if self.is_float:
-            return self.add("Gather", self.constant(f"{name}.weight", matrix.dequantize()), ids)
-        codes = self.add("Gather", self.constant(f"{name}.weight", matrix.codes), ids)
-        scale = self.scale(name)
-        if len(matrix.scale) > 1:
-            scale = self.add("Unsqueeze", self.add("Gather", scale, ids), self.integers(-1))
-        return self.add("Mul", self.add("Cast", codes, to=TensorProto.FLOAT), scale)
-
-    def scale(self, name: str) -> str:
-        """The scales of a matrix, [out] or [1]."""
-        return self.constant(f"{name}.weight_scale", self.model.matrices[name].scale[:, 0])
-
-    def matmul(self, x: str, name: str, output: str | None = None) -> str:
-        """float32 [..., in] -> [..., out]: x times the matrix `name`, plus its bias."""
-        matrix, bias = self.model.matrices[name], self.model.vectors.get(f"{name}.bias")
-        if name == "transformer.wte":  # stored for the lookup
-            weight = self.add("Transpose", f"{name}.weight", perm=[1, 0])
-        else:
-            weight = self.constant(f"{name}.weight", (matrix.dequantize() if self.is_float else matrix.codes).T)
-        last = None if bias is not None else output
-        if self.is_float:
-            y = self.add("MatMul", x, weight, output=last)
-        elif self.model.quantization.activation_bits is None:
-            product = self.add("MatMul", x, self.add("Cast", weight, to=TensorProto.FLOAT))
-            y = self.add("Mul", product, self.scale(name), output=last)
-        else:
-            codes, scale = self.quantize(x)
-            product = self.add("MatMulInteger", codes, weight, self.constant("zero_point", ZERO_POINT))
-            product = self.cast(product, TensorProto.FLOAT)
-            if self.exact:  # in the order in which JAX rounds
-                y = self.add("Mul", self.add("Mul", product, scale), self.scale(name), output=last)
-            else:  # ONNX Runtime makes one node of this and of the product
-                y = self.add("Mul", product, self.add("Mul", scale, self.scale(name)), output=last)
-        return y if bias is None else self.add("Add", y, self.constant(f"{name}.bias", bias), output=output)
-
-    def quantize(self, x: str) -> tuple[str, str]:
-        """One scale a token: the codes as uint8 [..., in] with zero point 128, and the scales [..., 1].
-
-        No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127. An absmax below the smallest
-        is raised to it; it belongs to a token of (as good as) zeros.
-        """
-        absmax = self.add("ReduceMax", self.add("Abs", x), self.integers(-1))
-        absmax = self.add("Max", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
-        scale = self.add("Mul", absmax, self.constant("step", np.float32(1 / MAX_CODE)))
-        scaled = self.add("Mul", x, self.add("Reciprocal", scale))
-        unit, zero_point = self.constant("unit", np.float32(1)), self.constant("zero_point", ZERO_POINT)
-        return self.add("QuantizeLinear", scaled, unit, zero_point), scale
-
-    def layer_norm(self, x: str, name: str) -> str:
-        """LayerNorm over the last dimension."""
-        vectors = self.model.vectors
-        names = [name for name in (f"{name}.weight", f"{name}.bias") if name in vectors]
-        parameters = [self.constant(name, vectors[name]) for name in names]
-        if self.exact:
-            x, *parameters = (self.cast(value, TensorProto.DOUBLE) for value in (x, *parameters))
-        y = self.add("LayerNormalization", x, *parameters, axis=-1, epsilon=self.config.layer_norm_epsilon)
-        return self.cast(y, TensorProto.FLOAT) if self.exact else y
-
-    def cast(self, x: str, dtype: int) -> str:
-        """`x` in another type."""
-        return self.add("Cast", x, to=dtype)
-
-    def mask(self) -> str:
-        """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
-
-        Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
-        """
-        zero, one = self.constant("zero", np.int64(0)), self.constant("one", np.int64(1))
-        queries = self.add("Squeeze", self.add("Shape", "input_ids", start=1, end=2))
-        keys = self.add("Squeeze", self.add("Shape", "attention_mask", start=1, end=2))
-        key_S = self.add("Range", zero, keys, one)
-        query_T = self.add("Range", self.add("Sub", keys, queries), keys, one)
-        causal_TS = self.add("LessOrEqual", key_S, self.add("Unsqueeze", query_T, self.integers(-1)))
-        admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
-        visible_B1TS = self.add("And", causal_TS, self.add("Unsqueeze", admitted_BS, self.integers(1, 2)))
-        dtype = np.float64 if self.exact else np.float32
-        seen, hidden = self.constant("seen", dtype(0)), self.constant("hidden", dtype(HIDDEN))
-        return self.add("Where", visible_B1TS, seen, hidden)
-
-    def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
-        name = f"transformer.h.{layer}"
-        y_BTC = self.attention(self.layer_norm(x_BTC, f"{name}.ln_1"), mask_B1TS, layer, first_kept)
-        x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
-        hidden = self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        if self.config.activation == "relu":
-            hidden = self.add("Relu", hidden)
-        else:
-            hidden = self.add("Gelu", hidden, approximate="none" if self.config.activation == "gelu" else "tanh")
-        return self.add("Add", x_BTC, self.matmul(hidden, f"{name}.mlp.c_proj"))
-
-    def attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """Self-attention without its output projection, [B, T, C]; keys and values follow those of the past."""
-        config = self.config
-        heads = self.integers(0, 0, 3 * config.n_head, config.head_size)
-        qkv = self.add("Reshape", self.matmul(x_BTC, f"transformer.h.{layer}.attn.c_attn"), heads)
-        qkv = self.add("Transpose", qkv, perm=[0, 2, 1, 3])
-        q_BHTD, k_BHTD, v_BHTD = parts = [f"{kind}_{layer}" for kind in "qkv"]
-        self.nodes.append(helper.make_node("Split", [qkv], parts, name=f"Split_{layer}", axis=1, num_outputs=3))
-        past = f"past_key_values.{layer}"
-        k_BHSD = self.add("Concat", f"{past}.key", k_BHTD, axis=2, output=f"present.{layer}.key")
-        v_BHSD = self.add("Concat", f"{past}.value", v_BHTD, axis=2, output=f"present.{layer}.value")
-        q_BHTD, mask_B1TS = self.kept(q_BHTD, 2, first_kept), self.kept(mask_B1TS, 2, first_kept)
-        if self.exact:
-            q_BHTD, k_BHSD, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHSD, v_BHSD))
-        score_scale = (np.float64 if self.exact else np.float32)(config.head_size**-0.5)
-        q_BHTD = self.add("Mul", q_BHTD, self.constant("score_scale", score_scale))
-        scores = self.add("MatMul", q_BHTD, self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2]))
-        y_BHTD = self.weighted(self.add("Add", scores, mask_B1TS), v_BHSD)
-        y_BTHD = self.add("Transpose", y_BHTD, perm=[0, 2, 1, 3])
-        return self.add("Reshape", y_BTHD, self.integers(0, 0, config.n_embd))
-
-    def weighted(self, scores_BHTS: str, v_BHSD: str) -> str:
-        """The values weighted by the softmax of the scores, float32 [B, H, T, D]."""
-        if not self.exact:
-            return self.add("MatMul", self.add("Softmax", scores_BHTS, axis=-1), v_BHSD)
-        # ONNX Runtime's Softmax is slow in float64.
-        last = self.integers(-1)
-        weights = self.add("Exp", self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last)))
-        y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
-        return self.cast(y_BHTD, TensorProto.FLOAT)
-
-    def kept(self, value: str, axis: int, first_kept: str | None) -> str:
-        """`value` from the index `first_kept` on; all of it without one."""
-        if first_kept is None:
-            return value
-        return self.add("Slice", value, first_kept, self.integers(TO_THE_END), self.integers(axis))
