@@ -28,7 +28,7 @@ from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, requantize_per_tensor
-from picogpt_jax.torch_model import ACTIVATIONS
+from picogpt_jax.torch_model import FAST_ACTIVATIONS
 
 INIT_STDDEV = 0.02
 
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = FAST_ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)

@@ -7,6 +7,7 @@ which is faster where whole windows are computed.
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -39,7 +40,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x.double(), approximate="tanh").float()
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+FAST_ACTIVATIONS = EXACT_ACTIVATIONS | {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class LayerNorm(nn.Module):
@@ -80,7 +82,8 @@ class Block(nn.Module):
     def __init__(self, model: Int8Model, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer, self.n_head, self.dtype = layer, model.model.n_head, dtype
-        self.activation = ACTIVATIONS[model.model.activation]
+        activations = EXACT_ACTIVATIONS if dtype == torch.float64 else FAST_ACTIVATIONS
+        self.activation = activations[model.model.activation]
         name = f"transformer.h.{layer}"
         self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
         self.c_attn, self.attn_proj = matrix(model, f"{name}.attn.c_attn"), matrix(model, f"{name}.attn.c_proj")
@@ -121,7 +124,7 @@ class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
     Args:
-        exact: LayerNorm and attention in float64, as JAX computes them; else in float32.
+        exact: LayerNorm and attention in float64, as JAX computes them; else PyTorch's own in float32.
 
     Attributes:
         config: the architecture.

@@ -86,10 +86,11 @@ def reference_logits(model: Int8Model, ids: list[int]) -> np.ndarray:
     ],
     ids=str,
 )
-def test_the_logits_are_those_of_the_definition(variant: dict[str, Any]) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_the_logits_are_those_of_the_definition(variant: dict[str, Any], exact: bool) -> None:
     """Where float32 and float64 differ, a code may be rounded the other way, which shows in the tokens after it."""
     model, tokens = random_model(**variant), random_tokens(16, 8)
-    logits = Int8GPT(model)(tokens).numpy()
+    logits = Int8GPT(model, exact)(tokens).numpy()
     assert logits.dtype == np.float32
     expected = np.stack([reference_logits(model, ids) for ids in tokens.tolist()])
     assert expected.std() > 1
