@@ -5,12 +5,12 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -23,6 +23,8 @@ from picogpt_jax.devices import compiler_options
 from picogpt_jax.errors import UserError
 from picogpt_jax.generate import Generator, Overflow
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, Quantization
+from picogpt_jax.int8_product import int8_dot_general
+from picogpt_jax.products import Dimensions
 from picogpt_jax.trainer import Batches, Trainer
 from picogpt_jax.vocabulary import Vocabulary
 
@@ -138,12 +140,10 @@ def _jax_matmuls() -> dict[str, Work]:
     mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
     split, replicated = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
 
-    def work(dtype: str, result: str) -> Work:
+    def work(dtype: str, dot: Callable[[jax.Array, jax.Array, Dimensions], jax.Array]) -> Work:
         x = jax.device_put(np.ones((rows // len(devices) * len(devices), features), dtype), split)
         w = jax.device_put(np.ones((features, outputs), dtype), replicated)
-        product = jax.jit(
-            lambda x, w: lax.dot(x, w, preferred_element_type=jnp.dtype(result)), compiler_options=compiler_options()
-        )
+        product = jax.jit(lambda x, w: dot(x, w, (((1,), (0,)), ((), ()))), compiler_options=compiler_options())
 
         def matmuls() -> None:
             # A loop on the device would hold one product only: XLA moves what does not vary out of it.
@@ -152,7 +152,10 @@ def _jax_matmuls() -> dict[str, Work]:
 
         return matmuls
 
-    return {"JAX float32 matmul": work("float32", "float32"), "JAX int8 matmul": work("int8", "int32")}
+    return {
+        "JAX float32 matmul": work("float32", lax.dot_general),
+        "JAX int8 matmul": work("int8", int8_dot_general),
+    }
 
 
 def benchmark_decoding(

@@ -29,6 +29,10 @@ from picogpt_jax.torch_file import is_torch_checkpoint
 from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 from picogpt_jax.torch_linear import Int8Matrix
 
+# Computed at once on a CPU: the caches hold more of what lies between two operations, and the memory is used again. 32
+# sequences of 128 tokens take three quarters of the time.
+PART_TOKENS = 2048
+
 
 def gelu(x: Tensor) -> Tensor:
     """The exact form, x * Phi(x), rounded at the steps at which JAX rounds it."""
@@ -167,8 +171,12 @@ class Int8GPT(nn.Module):
         Raises:
             ValueError: the positions do not fit into `block_size`.
         """
+        batch, queries = tokens_BT.shape
+        if cache is None and tokens_BT.device.type == "cpu" and batch > 1 and tokens_BT.numel() > PART_TOKENS:
+            parts = tokens_BT.split(max(PART_TOKENS // queries, 1))
+            return torch.cat([self(part, last_only=last_only) for part in parts])
         first = 0 if cache is None else cache.length
-        end = first + tokens_BT.shape[1]
+        end = first + queries
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
         x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device))

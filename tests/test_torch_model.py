@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_int8_model import random_model
 
+from picogpt_jax import torch_model
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, save_int8_model
 from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
@@ -123,6 +124,18 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
     before, after = model(tokens)[0], model(changed)[0]
     torch.testing.assert_close(before[:8], after[:8], atol=1e-5, rtol=0)
     assert (before[8:] - after[8:]).abs().amax(-1).min() > 1e-2
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("part_tokens", [10, 16, 40])
+def test_a_large_batch_is_computed_in_parts(part_tokens: int, last_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = Int8GPT(random_model()), random_tokens(5, 16)
+    whole = model(tokens, last_only=last_only)
+    monkeypatch.setattr(torch_model, "PART_TOKENS", part_tokens)
+    sizes: list[int] = []
+    model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    torch.testing.assert_close(model(tokens, last_only=last_only), whole, atol=1e-5, rtol=0)
+    assert sizes == ([2, 2, 1] if part_tokens == 40 else [1] * 5)
 
 
 def test_more_positions_than_the_model_has_are_refused() -> None:
