@@ -3,7 +3,6 @@
 Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at hand.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -177,22 +176,28 @@ class Generator:
             yield np.asarray(unread[0])[:, : unread[1]]
 
     def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], **options: Any) -> Any:
-        with contextlib.nullcontext() if self.mesh is None else sharding.on(self.mesh):
+        with sharding.on(self._mesh_of(len(tokens_BT))):
             return self.model.apply(variables, tokens_BT, **options)
 
     def _split_streams(self, streams: int) -> tuple[Any, Mesh]:
-        """The variables on as many devices as divide the streams, and the mesh of those; or on the mesh given."""
+        """The variables on the devices that share the streams, and the mesh of those."""
+        mesh = self._mesh_of(streams)
         if self.mesh is not None:
-            parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            parts = mesh.shape["data"] * mesh.shape["fsdp"]
             if streams % parts:
                 raise UserError(f"{streams} streams do not divide over mesh.data * mesh.fsdp = {parts}; change one")
-            return self._variables[1], self.mesh
+            return self._variables[1], mesh
+        if mesh.size not in self._variables:
+            self._variables[mesh.size] = jax.device_put(self._variables[1], replicated(mesh))
+        return self._variables[mesh.size], mesh
+
+    def _mesh_of(self, streams: int) -> Mesh:
+        """The mesh given, or one of as many devices as divide the streams."""
+        if self.mesh is not None:
+            return self.mesh
         devices = jax.local_devices()
         count = max(number for number in range(1, len(devices) + 1) if streams % number == 0)
-        mesh = make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])
-        if count not in self._variables:
-            self._variables[count] = jax.device_put(self._variables[1], replicated(mesh))
-        return self._variables[count], mesh
+        return make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])
 
     def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding) -> Context:
         """A new context of these tokens, padded to a power of two: prompts of any length need few compilations."""

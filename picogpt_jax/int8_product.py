@@ -1,7 +1,8 @@
 """The product of int8 codes, added up in int32: the same integers on every device, by the kernel that is fast there.
 
 CPUs with AVX-512 VNNI multiply unsigned bytes by signed ones. XLA hands int8 products to YNNPACK, whose kernels for
-those (jaxlib 0.10.2) are 2.6 times as fast as the ones for signed bytes alone. So there the left operand is shifted:
+those (jaxlib 0.10.2) are more than twice as fast as the ones for signed bytes alone. So there the left operand is
+shifted:
 
     sum_k a_k b_k = sum_k (a_k + 128) b_k - 128 sum_k b_k
 
@@ -9,6 +10,7 @@ exactly, also where an int32 sum wraps around on the way.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from jaxtyping import Array, Int8, Int32, UInt8
 
 from picogpt_jax.cpu import wants_unsigned_int8
 from picogpt_jax.products import Dimensions
-from picogpt_jax.sharding import splits
+from picogpt_jax.sharding import batch_shares, splits_weights
 
 SHIFT = 128
 
@@ -34,58 +36,78 @@ def int8_dot_general(lhs: Int8[Array, "..."], rhs: Int8[Array, "..."], dimension
         lhs: [..., rows, K], with its last dimension contracted and no batch dimensions; others are as fast as in XLA.
         rhs: [..., K] or [K, ...].
     """
-
-    def plain(lhs: Array, rhs: Array) -> Array:
-        return lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.int32)
-
     (lhs_contracted, rhs_contracted), (batch, _) = dimensions
     are_rows = lhs.ndim > 1 and tuple(lhs_contracted) == (lhs.ndim - 1,) and not batch
     # For weights that are split over devices, the sums over them could be one more collective, which processes on other
     # processors would not take part in.
-    if not are_rows or splits("embed") or splits("mlp") or not wants_unsigned_int8():
-        return plain(lhs, rhs)
-    return lax.platform_dependent(
-        lhs, rhs, cpu=functools.partial(_shifted, contracted=rhs_contracted[0]), default=plain
-    )
+    if are_rows and wants_unsigned_int8() and not splits_weights():
+        is_single = math.prod(lhs.shape[:-1]) == batch_shares()
+        return _int8_dot(lhs, rhs, contracted=rhs_contracted[0], is_single=is_single)
+    return lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.int32)
 
 
-def _shifted(lhs: Int8[Array, "... M K"], rhs: Int8[Array, "..."], contracted: int) -> Int32[Array, "..."]:
-    rows, rows_dim = lhs.shape[-2], lhs.ndim - 2
+def is_int8_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """For `jax.checkpoint`: a policy that keeps these products, as others keep those of `lax.dot_general`."""
+    return primitive is _int8_dot_p
+
+
+@functools.partial(jax.jit, static_argnames=("contracted", "is_single"), inline=True)
+def _int8_dot(
+    lhs: Int8[Array, "... M K"], rhs: Int8[Array, "..."], contracted: int, is_single: bool
+) -> Int32[Array, "..."]:
+    """Contracts the last dimension of `lhs` with dimension `contracted` of `rhs`; by the platform's kernel.
+
+    Args:
+        is_single: each device has one row of `lhs`.
+    """
+    return _int8_dot_p.bind(lhs, rhs, contracted=contracted, is_single=is_single)
+
+
+def _plain(lhs: Array, rhs: Array, contracted: int, is_single: bool) -> Array:
+    del is_single
+    dimensions = (((lhs.ndim - 1,), (contracted,)), ((), ()))
+    return lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.int32)
+
+
+def _shifted(lhs: Array, rhs: Array, contracted: int, is_single: bool) -> Array:
     unsigned = lax.bitcast_convert_type(lhs, jnp.uint8) ^ jnp.uint8(SHIFT)
-    # A single row, which may be a device's share of a few, XLA computes without the kernel, by an int32 copy of `rhs`.
-    if lhs.size // lhs.shape[-1] < 2 * jax.local_device_count():
-        unsigned = jnp.concatenate([unsigned, unsigned], rows_dim)
-    product = lax.slice_in_dim(_mixed_dot(unsigned, rhs, contracted), 0, rows, axis=rows_dim)
+    if is_single:
+        # XLA computes one row without the kernel, by an int32 copy of `rhs`; here it has company.
+        pair = _mixed_dot(jnp.stack([unsigned, jnp.full_like(unsigned, SHIFT)], -2), rhs, contracted)
+        product, surplus = (lax.index_in_dim(pair, index, lhs.ndim - 1, keepdims=False) for index in (0, 1))
+        return product - surplus
     surplus = _mixed_dot(jnp.full((2, lhs.shape[-1]), SHIFT, jnp.uint8), rhs, contracted)[0]
-    return product - jnp.expand_dims(surplus, range(rows_dim + 1))
+    return _mixed_dot(unsigned, rhs, contracted) - jnp.expand_dims(surplus, range(lhs.ndim - 1))
 
 
-@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _mixed_dot(lhs: UInt8[Array, "... M K"], rhs: Int8[Array, "..."], contracted: int) -> Int32[Array, "..."]:
     """uint8 times int8; `lax.dot_general` would convert both to int32 first."""
     return _mixed_dot_p.bind(lhs, rhs, contracted=contracted)
 
 
-_mixed_dot_p = Primitive("mixed_dot")
-
-
-@_mixed_dot_p.def_abstract_eval
-def _(lhs: ShapedArray, rhs: ShapedArray, *, contracted: int) -> ShapedArray:
+def _result(lhs: ShapedArray, rhs: ShapedArray, *, contracted: int, **_: bool) -> ShapedArray:
     return ShapedArray((*lhs.shape[:-1], *rhs.shape[:contracted], *rhs.shape[contracted + 1 :]), jnp.dtype(jnp.int32))
 
 
-def _lower(context: Any, lhs: Any, rhs: Any, *, contracted: int) -> list[Any]:
+def _lower_mixed_dot(context: Any, lhs: Any, rhs: Any, *, contracted: int) -> list[Any]:
     (result,) = (mlir.aval_to_ir_type(context.module_context, aval) for aval in context.avals_out)
     numbers = stablehlo.DotDimensionNumbers.get([], [], [context.avals_in[0].ndim - 1], [contracted])
     return [stablehlo.dot_general(result, lhs, rhs, numbers)]
 
 
-def _batch(operands: tuple[Array, Array], axes: tuple[int | None, int | None], *, contracted: int) -> tuple[Array, int]:
-    def product(lhs: Array, rhs: Array) -> Array:
-        return jnp.tensordot(lhs.astype(jnp.int32), rhs.astype(jnp.int32), ((lhs.ndim - 1,), (contracted,)))
+def _batch(
+    operands: tuple[Array, Array], axes: tuple[int | None, int | None], *, contracted: int, is_single: bool
+) -> tuple[Array, int]:
+    lhs, rhs = operands
+    if axes[1] is None:  # more rows
+        return _int8_dot(jnp.moveaxis(lhs, axes[0] or 0, 0), rhs, contracted, is_single=False), 0
+    return jax.vmap(functools.partial(_plain, contracted=contracted, is_single=is_single), axes)(lhs, rhs), 0
 
-    return jax.vmap(product, axes)(*operands), 0
 
-
-mlir.register_lowering(_mixed_dot_p, _lower)
-batching.primitive_batchers[_mixed_dot_p] = _batch
+_int8_dot_p, _mixed_dot_p = Primitive("int8_dot"), Primitive("mixed_dot")
+_int8_dot_p.def_abstract_eval(_result)
+_mixed_dot_p.def_abstract_eval(_result)
+mlir.register_lowering(_int8_dot_p, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(_int8_dot_p, mlir.lower_fun(_shifted, multiple_results=False), platform="cpu")
+mlir.register_lowering(_mixed_dot_p, _lower_mixed_dot)
+batching.primitive_batchers[_int8_dot_p] = _batch

@@ -18,6 +18,7 @@ from picogpt_jax import attention, rounding
 from picogpt_jax.barriers import materialized, scaled
 from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
 from picogpt_jax.dropout import DropoutKey, dropout
+from picogpt_jax.int8_product import is_int8_product
 from picogpt_jax.linear import Dense, Embedding, as_row
 from picogpt_jax.quantization import Mode
 from picogpt_jax.sharding import constrain
@@ -30,7 +31,9 @@ FLOAT32 = jnp.dtype("float32")
 # "dots" also keeps the results of the products with weights, which are most of that work.
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_int8_product
+    ),
 }
 
 

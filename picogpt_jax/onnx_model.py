@@ -65,7 +65,10 @@ class OnnxGPT:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no class of its own above its exceptions
             reason = str(error).splitlines()[0]
-            raise UserError(f"is no ONNX model that onnxruntime can read ({reason}); export it again") from None
+            raise UserError(
+                f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason}); export it again, or "
+                "update onnxruntime: a --noexact export needs 1.24"
+            ) from None
         self.config, self.quantization, self.training, self.vocabulary = self._metadata()
         layers = range(self.config.n_layer)
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]

@@ -154,6 +154,19 @@ def splits(axis: str) -> bool:
     return not mesh.empty and isinstance(mesh_axis, str) and mesh.shape[mesh_axis] > 1
 
 
+def splits_weights() -> bool:
+    """Whether weights may be split over devices where this is traced; without a mesh they are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return not mesh.empty and not (is_ours and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1)
+
+
+def batch_shares() -> int:
+    """Over how many devices the batch is split where this is traced; without a mesh over one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def shard_bytes(array: Any) -> int:
     """The bytes of an array, or of its abstract counterpart, on one device."""
     shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape

@@ -1,17 +1,22 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from picogpt_jax import int8_product
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.cpu import wants_unsigned_int8
 from picogpt_jax.devices import compiler_options
 from picogpt_jax.int8_product import int8_dot_general
+from picogpt_jax.model import REMAT_POLICIES
 from picogpt_jax.products import Dimensions
-from picogpt_jax.sharding import batch_sharding, make_mesh, on
+from picogpt_jax.sharding import batch_sharding, make_mesh, on, replicated
 
+COLLECTIVES = re.compile("all-to-all|all-reduce|all-gather|collective-permute")
 ROWS_TIMES_MATRIX: Dimensions = (((1,), (0,)), ((), ()))
 
 
@@ -35,6 +40,8 @@ def codes(*shape: int) -> jax.Array:
         ((2, 5, 48), (3, 8, 48), (((2,), (2,)), ((), ()))),
         ((48,), (48, 24), (((0,), (0,)), ((), ()))),
         ((48, 5), (48, 24), (((0,), (0,)), ((), ()))),
+        ((4, 0), (0, 3), ROWS_TIMES_MATRIX),
+        ((0, 4), (4, 3), ROWS_TIMES_MATRIX),
         ((4, 5, 48), (4, 48, 6), (((2,), (1,)), ((0,), (0,)))),
     ],
 )
@@ -65,24 +72,61 @@ def test_can_be_vectorized(axes: tuple[int | None, int | None], wants_unsigned: 
     np.testing.assert_array_equal(product(a, b), expected)
 
 
-@pytest.mark.parametrize("rows", [2, 4, 64])
-def test_rows_may_be_split_over_devices(rows: int, wants_unsigned: bool) -> None:
-    a, b = codes(rows, 48), codes(48, 24)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), rows, jax.devices()[:2])
-    with on(mesh):
-        result = jax.jit(lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX))(
-            jax.device_put(a, batch_sharding(mesh)), b
-        )
-    np.testing.assert_array_equal(result, a.astype(jnp.int32) @ b.astype(jnp.int32))
+@pytest.mark.parametrize("shape", [(2, 48), (64, 48), (2, 1, 48), (6, 3, 48)], ids=str)
+def test_rows_may_be_split_over_devices(shape: tuple[int, ...], wants_unsigned: bool) -> None:
+    """Each device multiplies its own rows and asks no other, also where it has a single one."""
+    a, b = codes(*shape), codes(48, 24)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), shape[0], jax.devices()[:2])
+    dimensions: Dimensions = (((len(shape) - 1,), (0,)), ((), ()))
+
+    @jax.jit
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        with on(mesh):
+            return int8_dot_general(a, b, dimensions)
+
+    operands = jax.device_put(a, batch_sharding(mesh)), jax.device_put(b, replicated(mesh))
+    np.testing.assert_array_equal(product(*operands), a.astype(jnp.int32) @ b.astype(jnp.int32))
+    assert not COLLECTIVES.findall(product.lower(*operands).compile().as_text() or "")
 
 
-def test_a_split_weight_takes_no_collective_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)])
+def test_split_weights_take_the_plain_product(
+    data: int, fsdp: int, tensor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum over them could be a collective of its own."""
     monkeypatch.setattr(int8_product, "wants_unsigned_int8", lambda: True)
-    a, b = codes(8, 48), codes(48, 24)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), 8, jax.devices()[:2])
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), 8, devices)
     with on(mesh):
-        jaxpr = jax.make_jaxpr(lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX))(a, b)
-    assert "mixed_dot" not in str(jaxpr)
+        jaxpr = jax.make_jaxpr(lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX))(codes(8, 48), codes(48, 24))
+    assert ("int8_dot" in str(jaxpr)) == (fsdp == tensor == 1)
+
+
+def test_within_another_mesh_it_is_the_plain_product(wants_unsigned: bool) -> None:
+    a, b = codes(8, 48), codes(48, 24)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split = jax.shard_map(
+        lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX),
+        mesh=mesh,
+        in_specs=(PartitionSpec("rows"), PartitionSpec()),
+        out_specs=PartitionSpec("rows"),
+    )
+    np.testing.assert_array_equal(split(a, b), a.astype(jnp.int32) @ b.astype(jnp.int32))
+
+
+def test_a_policy_keeps_the_products(wants_unsigned: bool) -> None:
+    """As `train.remat=dots` does: nothing is multiplied again in the backward pass."""
+    b = codes(48, 24)
+
+    def loss(x: jax.Array) -> jax.Array:
+        y = int8_dot_general(jnp.round(x).astype(jnp.int8), b, ROWS_TIMES_MATRIX).astype(jnp.float32)
+        return jnp.sum(jnp.sin(y) * x[:, :24])
+
+    counts = []
+    for remat in REMAT_POLICIES.values():
+        jaxpr = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=remat)))(jnp.ones((4, 48)))
+        counts.append(str(jaxpr).count("int8_dot[" if wants_unsigned else "dot_general["))
+    assert counts == [2, 1]  # block, dots
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64])

@@ -246,10 +246,10 @@ def test_one_changed_code_changes_the_logits() -> None:
 
 
 def dot_types(jaxpr: Any) -> list[tuple[str, str, str]]:
-    """(lhs, rhs, result) of every dot_general, also inside calls and loops."""
+    """(lhs, rhs, result) of every product, also inside calls and loops."""
     types = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name in ("dot_general", "int8_dot"):
             types.append(tuple(str(var.aval.dtype) for var in (*equation.invars, *equation.outvars)))
         for inner in jaxprs_in_params(equation.params):
             types += dot_types(inner)
