@@ -129,6 +129,12 @@ def test_a_policy_keeps_the_products(wants_unsigned: bool) -> None:
     assert counts == [2, 1]  # block, dots
 
 
+def test_accelerators_get_the_plain_product(wants_unsigned: bool) -> None:
+    product = jax.jit(lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX)).trace(codes(4, 48), codes(48, 24))
+    texts = {name: product.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
+    assert {name for name, text in texts.items() if "xui8>" in text} == ({"cpu"} if wants_unsigned else set())
+
+
 @pytest.mark.parametrize("rows", [1, 2, 64])
 def test_a_fast_kernel_takes_the_unsigned_bytes(rows: int) -> None:
     if not wants_unsigned_int8():

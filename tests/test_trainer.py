@@ -134,7 +134,7 @@ def test_every_product_of_the_backward_pass_is_rounded(
 def operand_types(jaxpr: Any) -> Iterator[str]:
     """Of each matrix product in a program, and in those that it calls."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name in ("dot_general", "int8_dot"):
             yield equation.invars[0].aval.dtype.name
         for inner in jaxprs_in_params(equation.params):
             yield from operand_types(inner)
