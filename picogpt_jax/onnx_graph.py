@@ -154,7 +154,7 @@ class GraphBuilder:
             return y
         if self.exact or len(operand) == 1:
             return self.add("Add", y, self.constant(f"{name}.bias{label}", bias[part]), output=output)
-        # ONNX Runtime would take an Add into that node, and add before it multiplies by the activations' scales.
+        # An Add would become part of that fused node, where it comes before the activations' scales: a wrong result.
         return self.add("Sub", y, self.constant(f"{name}.minus_bias{label}", -bias[part]), output=output)
 
     def quantize(self, x: str) -> tuple[str, str]:
