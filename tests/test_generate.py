@@ -151,6 +151,33 @@ def test_the_number_of_devices_does_not_change_the_text(monkeypatch: pytest.Monk
     np.testing.assert_array_equal(draw(), text)
 
 
+@pytest.mark.parametrize(
+    ("in_cache", "fewest", "turns"),
+    [(6, 1, [12]), (5, 1, [6, 6]), (2, 1, [4, 4, 4]), (2, 3, [12])],
+    ids=["all fit", "two turns", "three turns", "too few in a turn"],
+)
+def test_streams_that_take_turns_write_the_same_text(
+    in_cache: int, fewest: int, turns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve streams on two devices, whose caches hold the keys and values of `in_cache` each."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    generate = functools.partial(generator("int8").generate, prompts(12, 6), 2 * BLOCK, overflow="refill", seed=5)
+    text = generate()
+    config = MODEL.model
+    monkeypatch.setattr(generate_module, "TURN_BYTES", in_cache * 2 * config.n_layer * BLOCK * config.n_embd * 4)
+    monkeypatch.setattr(generate_module, "TURN_STREAMS", fewest)
+    filled: list[int] = []
+    fill = Generator._fill
+
+    def spy(self: Generator, variables: Any, rows: np.ndarray, place: Any) -> Any:
+        filled.append(len(rows))
+        return fill(self, variables, rows, place)
+
+    monkeypatch.setattr(Generator, "_fill", spy)
+    np.testing.assert_array_equal(generate(), text)
+    assert filled == turns
+
+
 # ------------------------------------------------------------------------------------------------------------ streaming
 
 
