@@ -51,6 +51,7 @@ class GraphBuilder:
     def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
         self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
         self.nodes: list[onnx.NodeProto] = []
+        self.zero_points = ""  # of the tokens that are still computed, once something needed them
         self.initializers: dict[str, onnx.TensorProto] = {}
 
     def build(self) -> onnx.GraphProto:
@@ -120,11 +121,13 @@ class GraphBuilder:
 
     def matmul(self, x: str, name: str, output: str | None = None) -> str:
         """float32 [..., in] -> [..., out]: x times the matrix `name`, plus its bias."""
-        return self.product(self.operand(x), name, output=output)
+        return self.product(self.operand(x, name), name, output=output)
 
-    def operand(self, x: str) -> tuple[str, ...]:
-        """What is multiplied by a matrix: codes and scales, or `x` itself."""
-        return (x,) if self.is_float or self.model.quantization.activation_bits is None else self.quantize(x)
+    def operand(self, x: str, name: str) -> tuple[str, ...]:
+        """What is multiplied by the matrix `name`: codes and scales, or `x` itself."""
+        if self.is_float or self.model.quantization.activation_bits is None:
+            return (x,)
+        return self.quantize(x, self.model.matrices[name].codes.shape[1])
 
     def product(
         self, operand: tuple[str, ...], name: str, part: slice = WHOLE, label: str = "", output: str | None = None
@@ -157,18 +160,29 @@ class GraphBuilder:
         # An Add would become part of that fused node, where it comes before the activations' scales: a wrong result.
         return self.add("Sub", y, self.constant(f"{name}.minus_bias{label}", -bias[part]), output=output)
 
-    def quantize(self, x: str) -> tuple[str, str]:
-        """One scale a token: the codes as uint8 [..., in] with zero point 128, and the scales [..., 1].
+    def quantize(self, x: str, width: int) -> tuple[str, str]:
+        """One scale a token: the codes as uint8 [B, T, in] with zero point 128, and the scales [B, T, 1].
 
-        No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127. An absmax below the smallest
-        is raised to it; it belongs to a token of (as good as) zeros.
+        No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127.
         """
-        absmax = self.add("ReduceMax", self.add("Abs", x), self.integers(-1))
+        absmax, step = self.add("ReduceMax", self.add("Abs", x), self.integers(-1)), np.float32(1 / MAX_CODE)
+        if not self.exact:
+            # x / scale, in one node. A token of zeros has the scale 0, and whatever its codes are, their product is 0.
+            scale = self.add("Mul", absmax, self.constant("step", step))
+            self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
+            codes = self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width)
+            return codes, scale
+        # An absmax below the smallest is raised to it; it belongs to a token of (as good as) zeros.
         absmax = self.add("Clip", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
-        scale = self.add("Mul", absmax, self.constant("step", np.float32(1 / MAX_CODE)))
+        scale = self.add("Mul", absmax, self.constant("step", step))
         scaled = self.add("Mul", x, self.add("Reciprocal", scale))
         unit, zero_point = self.constant("unit", np.float32(1)), self.constant("zero_point", ZERO_POINT)
         return self.add("QuantizeLinear", scaled, unit, zero_point), scale
+
+    def each_token(self, value: np.generic) -> str:
+        """`value` for each token, [B, T, 1]."""
+        shape = self.add("Shape", self.add("Unsqueeze", "input_ids", self.integers(-1)))
+        return self.add("ConstantOfShape", shape, value=numpy_helper.from_array(value.reshape(1)))
 
     def layer_norm(self, x: str, name: str) -> str:
         """LayerNorm over the last dimension."""
@@ -205,6 +219,8 @@ class GraphBuilder:
         """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
         name = f"transformer.h.{layer}"
         y_BTC = self.attention(self.layer_norm(x_BTC, f"{name}.ln_1"), mask_B1TS, layer, first_kept)
+        if self.zero_points:
+            self.zero_points = self.kept(self.zero_points, 1, first_kept)
         x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
         hidden = self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc")
         if self.config.activation == "relu":
@@ -221,11 +237,12 @@ class GraphBuilder:
     def fused_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """One node."""
         config, past, present = self.config, f"past_key_values.{layer}", f"present.{layer}"
-        operand, width = self.operand(x_BTC), config.n_embd
+        name, width = f"transformer.h.{layer}.attn.c_attn", config.n_embd
+        operand = self.operand(x_BTC, name)
         queries, *keys_and_values = (
             self.product(
                 tuple(self.kept(value, 1, first_kept) for value in operand) if kind == "q" else operand,
-                f"transformer.h.{layer}.attn.c_attn",
+                name,
                 slice(index * width, (index + 1) * width),
                 f".{kind}",
             )
