@@ -20,6 +20,9 @@ from picogpt_jax.cpu import cpu
 Work = Callable[[], object]  # a fixed amount of work; returns when it is done
 Figures = dict[str, float]
 
+# A contender's threads wait for more work with open eyes at first: ONNX Runtime's kept a core busy for 45 ms.
+PAUSE_SECONDS = 0.1
+
 CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 # How a figure is printed: key -> (heading, format, divisor).
@@ -72,7 +75,7 @@ class Comparison:
 
 
 def take_turns(contenders: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
-    """Runs every contender once, then `rounds` times all of them in turn."""
+    """Runs every contender once, then `rounds` times all of them in turn, each after a pause."""
     first = {name: _seconds(work) for name, work in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -82,6 +85,7 @@ def take_turns(contenders: Mapping[str, Work], rounds: int) -> dict[str, Timing]
 
 
 def _seconds(work: Work) -> float:
+    time.sleep(PAUSE_SECONDS)
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -1,8 +1,8 @@
 """How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch.
 
 "PyTorch loop" is picoGPT's way of sampling (`picogpt_jax.torch_baseline.Decoding`). "fast" is without the float64 that
-makes the text JAX's (`exact=False`), and so are the graph and the model in float. Each has a thread per core, or "1
-thread". All of it runs on the CPU.
+makes the text JAX's (`exact=False`), and so are the graph and the model in float. PyTorch has a thread per core, or "1
+thread"; ONNX Runtime whichever is faster (`picogpt_jax.onnx_session`). All of it runs on the CPU.
 """
 
 import dataclasses
@@ -23,12 +23,10 @@ PROMPTS, PASSES = 32, 5  # prompts processed together, and how often in one turn
 
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
 KINDS = ("int8", "int8 fast")
-SLIDES = ("int8, slide", "int8 fast, slide", "int8 fast, slide, 1 thread")
 COMPARISONS = (
     *(Comparison(loop, f"ONNX {kind}, refill", ">= 10.0") for kind in KINDS for loop in LOOPS),
-    *(Comparison(loop, f"ONNX {slide}", ">= 3.0") for slide in SLIDES for loop in LOOPS),
-    *(Comparison("ONNX float, slide", f"ONNX {slide}", ">= 1.3") for slide in SLIDES[:2]),
-    Comparison("ONNX float, slide, 1 thread", f"ONNX {SLIDES[2]}", ">= 1.3"),
+    *(Comparison(loop, f"ONNX {kind}, slide", ">= 3.0") for kind in KINDS for loop in LOOPS),
+    *(Comparison("ONNX float, slide", f"ONNX {kind}, slide", ">= 1.3") for kind in KINDS),
     *(Comparison("ONNX float, prompts", f"ONNX {kind}, prompts", ">= 1.5") for kind in KINDS),
     *(Comparison("PyTorch float, prompts", f"PyTorch {kind}, prompts", ">= 1.5") for kind in KINDS),
 )
@@ -61,9 +59,6 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
         f"ONNX {kind}, refill": _generation(models[f"ONNX {kind}"], new_tokens, "refill") for kind in KINDS
     }
     streams |= {f"{name}, slide": _generation(model, new_tokens, "slide") for name, model in models.items()}
-    for kind in ("int8 fast", "float"):
-        alone = OnnxGPT(kinds[kind].SerializeToString(), threads=1)
-        streams[f"ONNX {kind}, slide, 1 thread"] = _generation(alone, new_tokens, "slide")
     prompts: dict[str, Work] = {f"{name}, prompts": _prompts(model, prompts_BT) for name, model in models.items()}
     if with_torch:
         torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(model, new_tokens, prompts_BT)

@@ -12,20 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-try:
-    import onnxruntime
-except ImportError as error:
-    raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
-
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.cpu import has_vnni
 from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.int8_model import Quantization, config_from_json
+from picogpt_jax.onnx_session import Session
 from picogpt_jax.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
 METADATA_KEY = "picogpt_jax"  # {"config": config.json of an int8 folder, "vocabulary": vocab.json, ...}
-LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
 KEEP_ALL, KEEP_LAST = (np.array([count], np.int64) for count in (0, 1))
 
 
@@ -47,28 +41,14 @@ class OnnxGPT:
 
     Args:
         model: the file, or its contents.
-        threads: of one operation; None for one per core.
+        threads: of one operation; None for one per core, or one where that is faster.
 
     Raises:
         UserError: it is no ONNX model, or not one that `onnx_export` wrote.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = LOGS_ERRORS
-        options.intra_op_num_threads = threads or 0
-        if not has_vnni():
-            # On x86 the kernel for unsigned times signed bytes can then saturate: take the exact one, which is slower.
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        source = model if isinstance(model, bytes) else os.fspath(model)
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no class of its own above its exceptions
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason}); export it again, or "
-                "update onnxruntime: a --noexact export needs 1.24"
-            ) from None
+        self._session = Session(model, threads)
         self.config, self.quantization, self.training, self.vocabulary = self._metadata()
         layers = range(self.config.n_layer)
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
@@ -103,7 +83,7 @@ class OnnxGPT:
         return self.config.vocab_size
 
     def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
-        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        text = self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         try:
             metadata = json.loads(text or "null")
         except (ValueError, RecursionError):
@@ -117,10 +97,10 @@ class OnnxGPT:
         return model, quantization, training, vocabulary
 
     def _check_signature(self) -> None:
-        found = {value.name: value.type for value in self._session.get_inputs()}
+        found = {value.name: value.type for value in self._session.onnx.get_inputs()}
         integers = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), "tensor(int64)")
         expected = integers | dict.fromkeys(self._past, "tensor(float)")
-        outputs = [value.name for value in self._session.get_outputs()]
+        outputs = [value.name for value in self._session.onnx.get_outputs()]
         if found != expected or outputs != self._outputs:
             raise UserError(f"its inputs are {sorted(found)} and its outputs {outputs}; export it again")
 

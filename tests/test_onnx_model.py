@@ -18,7 +18,7 @@ from onnx import helper
 from test_int8_model import random_model
 from test_numpy_model import assert_same_logits, numpy_model, random_tokens
 
-from picogpt_jax import onnx_model, runtime
+from picogpt_jax import onnx_session, runtime
 from picogpt_jax.errors import UserError
 from picogpt_jax.generate import Generator
 from picogpt_jax.int8_model import save_int8_model
@@ -83,13 +83,13 @@ def test_the_exact_kernel_is_taken_where_the_fast_one_could_saturate(
     """Its integers are the same; a processor with VNNI computes them right either way."""
     entries = []
 
-    class Options(onnx_model.onnxruntime.SessionOptions):
+    class Options(onnx_session.onnxruntime.SessionOptions):
         def add_session_config_entry(self, key: str, value: str) -> None:
             entries.append((key, value))
             super().add_session_config_entry(key, value)
 
-    monkeypatch.setattr(onnx_model, "has_vnni", lambda: has_vnni)
-    monkeypatch.setattr(onnx_model.onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(onnx_session, "has_vnni", lambda: has_vnni)
+    monkeypatch.setattr(onnx_session.onnxruntime, "SessionOptions", Options)
     model = OnnxGPT(export(random_model()).SerializeToString())
     assert entries == ([] if has_vnni else [("session.x64quantprecision", "1")])
     tokens_BT = random_tokens(4, 16)
