@@ -38,6 +38,7 @@ except ImportError as error:
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
+SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
 WHOLE = slice(None)
 TO_THE_END = np.iinfo(np.int64).max
 HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
@@ -108,11 +109,16 @@ class GraphBuilder:
         name, matrix = f"transformer.{table}", self.model.matrices[f"transformer.{table}"]
         if self.is_float:
             return self.add("Gather", self.constant(f"{name}.weight", matrix.dequantize()), ids)
-        codes = self.add("Gather", self.constant(f"{name}.weight", matrix.codes), ids)
-        scale = self.scale(name)
+        # A small table is dequantized as a whole, which ONNX Runtime does once, when it loads the model.
+        is_small = len(matrix.codes) <= SMALL_TABLE
+        codes, scale = self.constant(f"{name}.weight", matrix.codes), self.scale(name)
+        if not is_small:
+            codes = self.add("Gather", codes, ids)
+            scale = self.add("Gather", scale, ids) if len(matrix.scale) > 1 else scale
         if len(matrix.scale) > 1:
-            scale = self.add("Unsqueeze", self.add("Gather", scale, ids), self.integers(-1))
-        return self.add("Mul", self.add("Cast", codes, to=TensorProto.FLOAT), scale)
+            scale = self.add("Unsqueeze", scale, self.integers(-1))
+        rows = self.add("Mul", self.cast(codes, TensorProto.FLOAT), scale)
+        return self.add("Gather", rows, ids) if is_small else rows
 
     def scale(self, name: str, part: slice = WHOLE, label: str = "") -> str:
         """The scales of a matrix, [out] or [1]."""
@@ -165,16 +171,18 @@ class GraphBuilder:
 
         No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127.
         """
-        absmax, step = self.add("ReduceMax", self.add("Abs", x), self.integers(-1)), np.float32(1 / MAX_CODE)
+        last, step = self.integers(-1), self.constant("step", np.float32(1 / MAX_CODE))
         if not self.exact:
-            # x / scale, in one node. A token of zeros has the scale 0, and whatever its codes are, their product is 0.
-            scale = self.add("Mul", absmax, self.constant("step", step))
+            # No array of absolute values, and x / scale in one node. A token of zeros has the scale 0: whatever its
+            # codes are, their product is 0.
+            absmax = self.add("Max", self.add("ReduceMax", x, last), self.add("Neg", self.add("ReduceMin", x, last)))
+            scale = self.add("Mul", absmax, step)
             self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
-            codes = self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width)
-            return codes, scale
+            return self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width), scale
         # An absmax below the smallest is raised to it; it belongs to a token of (as good as) zeros.
+        absmax = self.add("ReduceMax", self.add("Abs", x), last)
         absmax = self.add("Clip", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
-        scale = self.add("Mul", absmax, self.constant("step", step))
+        scale = self.add("Mul", absmax, step)
         scaled = self.add("Mul", x, self.add("Reciprocal", scale))
         unit, zero_point = self.constant("unit", np.float32(1)), self.constant("zero_point", ZERO_POINT)
         return self.add("QuantizeLinear", scaled, unit, zero_point), scale
