@@ -19,7 +19,7 @@ from picogpt_jax.int8_model import Int8Model
 from picogpt_jax.runtime import Overflow
 
 TEMPERATURE = 0.8
-PROMPTS, PASSES = 32, 5  # prompts processed together, and how often in one turn
+PROMPTS, PASSES = 32, 20  # prompts processed together, and how often in one turn
 
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
 KINDS = ("int8", "int8 fast")

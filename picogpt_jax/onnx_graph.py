@@ -52,7 +52,9 @@ class GraphBuilder:
     def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
         self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
         self.nodes: list[onnx.NodeProto] = []
-        self.zero_points = ""  # of the tokens that are still computed, once something needed them
+        # Values that are computed where they are first needed.
+        self.computed_one = ""
+        self.zero_points = ""  # of the tokens that are still computed
         self.initializers: dict[str, onnx.TensorProto] = {}
 
     def build(self) -> onnx.GraphProto:
@@ -157,14 +159,23 @@ class GraphBuilder:
             product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
             if self.exact:  # in the order in which JAX rounds
                 y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
-            else:  # ONNX Runtime makes one node of this and of the product
-                y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
+            else:  # ONNX Runtime makes one node of this and of the product, but for the tokens' scales
+                fused = self.add("Mul", product, self.add("Mul", self.one(), weight_scale))
+                y = self.add("Mul", fused, scale, output=last)
         if bias is None:
             return y
-        if self.exact or len(operand) == 1:
-            return self.add("Add", y, self.constant(f"{name}.bias{label}", bias[part]), output=output)
-        # An Add would become part of that fused node, where it comes before the activations' scales: a wrong result.
-        return self.add("Sub", y, self.constant(f"{name}.minus_bias{label}", -bias[part]), output=output)
+        return self.add("Add", y, self.constant(f"{name}.bias{label}", bias[part]), output=output)
+
+    def one(self) -> str:
+        """A 1 that no optimizer knows.
+
+        ONNX Runtime fuses a product with a computed scale of the activations only. That could be the tokens' scales,
+        but by those it multiplies in a single thread.
+        """
+        if not self.computed_one:
+            batch = self.add("Shape", "input_ids", start=0, end=1)
+            self.computed_one = self.cast(self.add("GreaterOrEqual", batch, self.integers(0)), TensorProto.FLOAT)
+        return self.computed_one
 
     def quantize(self, x: str, width: int) -> tuple[str, str]:
         """One scale a token: the codes as uint8 [B, T, in] with zero point 128, and the scales [B, T, 1].
@@ -190,7 +201,7 @@ class GraphBuilder:
     def each_token(self, value: np.generic) -> str:
         """`value` for each token, [B, T, 1]."""
         shape = self.add("Shape", self.add("Unsqueeze", "input_ids", self.integers(-1)))
-        return self.add("ConstantOfShape", shape, value=numpy_helper.from_array(value.reshape(1)))
+        return self.filled(shape, value.reshape(1))
 
     def layer_norm(self, x: str, name: str) -> str:
         """LayerNorm over the last dimension."""
@@ -206,22 +217,24 @@ class GraphBuilder:
         """`x` in another type."""
         return self.add("Cast", x, to=dtype)
 
+    def filled(self, shape: str, value: npt.NDArray[Any]) -> str:
+        """A tensor of this shape, all `value` [1]."""
+        return self.add("ConstantOfShape", shape, value=numpy_helper.from_array(value))
+
     def mask(self) -> str:
         """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
 
         Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
         """
-        zero, one = self.constant("zero", np.int64(0)), self.constant("one", np.int64(1))
-        queries = self.add("Squeeze", self.add("Shape", "input_ids", start=1, end=2))
-        keys = self.add("Squeeze", self.add("Shape", "attention_mask", start=1, end=2))
-        key_S = self.add("Range", zero, keys, one)
-        query_T = self.add("Range", self.add("Sub", keys, queries), keys, one)
-        causal_TS = self.add("LessOrEqual", key_S, self.add("Unsqueeze", query_T, self.integers(-1)))
+        queries = self.add("Shape", "input_ids", start=1, end=2)
+        keys = self.add("Shape", "attention_mask", start=1, end=2)
+        hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
+        hidden_TS = self.filled(self.add("Concat", queries, keys, axis=0), hidden)
+        first_hidden = self.add("Add", self.add("Sub", keys, queries), self.integers(1))  # of the first query
+        causal_TS = self.add("Trilu", hidden_TS, self.add("Squeeze", first_hidden), upper=1)
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
-        visible_B1TS = self.add("And", causal_TS, self.add("Unsqueeze", admitted_BS, self.integers(1, 2)))
-        dtype = np.float64 if self.exact else np.float32
-        seen, hidden = self.constant("seen", dtype(0)), self.constant("hidden", dtype(HIDDEN))
-        return self.add("Where", visible_B1TS, seen, hidden)
+        admitted_B11S = self.add("Unsqueeze", admitted_BS, self.integers(1, 2))
+        return self.add("Where", admitted_B11S, causal_TS, self.constant("hidden", hidden))
 
     def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
