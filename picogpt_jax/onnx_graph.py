@@ -11,12 +11,12 @@ Everything is spelled out in standard operators, so that the integers are ours i
 the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
 again, and its sum is exact. Unsigned activations times signed weights are ONNX Runtime's fast kernel. On x86 CPUs with
 AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
-an exact one, which is slower with VNNI (`picogpt_jax.onnx_model` sets it where it is needed).
+an exact one, which is slower with VNNI (`picogpt_jax.onnx_session` sets it where it is needed).
 
 The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
-`exact=False` they are ONNX Runtime's own in float32, attention in one node (opset 23), and the two scales of a product
-are multiplied first, which it fuses with the product: faster, and now and then another token where two are almost
-equally likely.
+`exact=False` they are ONNX Runtime's own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128,
+by one node too, and the weights' scales are fused with the product: faster, and now and then another token where two
+are almost equally likely.
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.
