@@ -14,7 +14,7 @@ AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `s
 an exact one, which is slower with VNNI (`picogpt_jax.onnx_session` sets it where it is needed).
 
 The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
-`exact=False` they are ONNX Runtime's own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128,
+`exact=False` they are ONNX Runtime's own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128
 by one node too, and the weights' scales are fused with the product: faster, and now and then another token where two
 are almost equally likely.
 
