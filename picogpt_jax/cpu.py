@@ -1,6 +1,7 @@
 """What processor this is (standard library only)."""
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def _read(cpuinfo: Path) -> tuple[str, set[str]]:
     fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", fields.get("features", "")).split()
     return fields.get("model name") or platform.processor() or platform.machine(), set(flags)
+
+
+def cores() -> int:
+    """The processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_vnni() -> bool:

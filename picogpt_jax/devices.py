@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from picogpt_jax.cpu import cores
 from picogpt_jax.errors import UserError
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
@@ -60,11 +61,6 @@ def _only_cpu() -> bool:
         return False
     has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("*"))
     return not has_tpu and importlib.util.find_spec("jax_plugins") is None
-
-
-def cores() -> int:
-    """The processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool]:

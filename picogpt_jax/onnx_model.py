@@ -55,8 +55,8 @@ class OnnxGPT:
         self._past = [f"past_key_values.{part}" for part in parts]
         self._outputs = ["logits", *(f"present.{part}" for part in parts)]
         self._check_signature()
-        # Inputs are views of these: after a step, whose weights fill the cache, each NumPy call takes 10 to 20 us.
-        self._positions, self._ones = np.arange(self.block_size)[None], np.ones(0, np.int64)
+        # Inputs are taken from these: after a step, whose weights fill the cache, a new array takes 10 to 20 us.
+        self._positions, self._ones = np.arange(self.block_size, dtype=np.int64)[None], np.ones(0, np.int64)
         self._no_positions = np.zeros(0, np.float32)
 
     @classmethod
@@ -122,10 +122,11 @@ class OnnxGPT:
         end = past.length + queries
         if end > self.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.block_size}")
-        if batch * end > len(self._ones):
-            self._ones = np.ones(batch * self.block_size, np.int64)
+        ones = self._ones
+        if batch * end > len(ones):
+            ones = self._ones = np.ones(batch * self.block_size, np.int64)
         feeds: dict[str, npt.NDArray[Any]]
-        feeds = {"input_ids": tokens_BT, "attention_mask": self._ones[: batch * end].reshape(batch, end)}
+        feeds = {"input_ids": tokens_BT, "attention_mask": ones[: batch * end].reshape(batch, end)}
         feeds["position_ids"] = self._positions[:, past.length : end].repeat(batch, 0)
         feeds["logits_to_keep"] = KEEP_LAST if last_only else KEEP_ALL
         feeds |= zip(self._past, past.values, strict=True)

@@ -2,12 +2,13 @@
 
 A node of a small model takes microseconds, and at the end of each one the threads wait for each other. How long depends
 on the machine, and on a shared one it changes within seconds: a token of the default model took two threads 0.8 to 1.8
-times as long as one. So both are tried, again and again. The results are the same bits, since no sum is split.
+times as long as one. So both are tried, again and again. The results were the same bits with every number of threads
+(a test): ONNX Runtime splits rows and heads, no sum.
 """
 
 import collections
-import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,46 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
-from picogpt_jax.cpu import has_vnni
+from picogpt_jax.cpu import cores, has_vnni
 from picogpt_jax.errors import UserError
 
 LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
 SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
 SMALL_WORK = 1 << 30  # tokens times bytes of the model: a few milliseconds; what takes longer gets all cores
-FIRST_TRIAL, TRIAL_EVERY = 0.01, 0.25  # seconds until the other number of threads is tried
-LATEST = 3  # calls whose best time counts
+FIRST_TRIAL, TRIAL_EVERY = 0.01, 0.25  # seconds of work until the other number of threads is tried
+LATEST = 3  # calls whose best time counts; one alone may have been interrupted
 
 
-@dataclasses.dataclass
 class Record:
-    """What is known of calls of one shape.
+    """The calls of one shape, and the number of threads for the next one.
+
+    Calls of a shape are not all the same work: the past grows, and fewer logits may be wanted. But they come mixed.
 
     Attributes:
-        trial_due: when the number of threads that is not in use is tried, on the clock of `time.perf_counter`.
-        seconds: of the latest calls with each number of threads; one alone may have been interrupted.
-        threads: those in use, the faster ones.
+        threads: the faster number.
     """
 
-    trial_due: float
-    seconds: dict[int, collections.deque[float]]
-    threads: int = PER_CORE
+    def __init__(self) -> None:
+        self.threads = PER_CORE
+        self._seconds: dict[int, collections.deque[float]] = {}
+        self._until_trial = FIRST_TRIAL
+
+    def next(self) -> int:
+        """The number of threads for this call: the faster one, or in a trial the other one."""
+        if self._until_trial > 0:
+            return self.threads
+        self._until_trial = TRIAL_EVERY
+        return ALONE if self.threads == PER_CORE else PER_CORE
+
+    def add(self, threads: int, seconds: float) -> None:
+        """A call is done."""
+        self._until_trial -= seconds
+        latest = self._seconds.setdefault(threads, collections.deque(maxlen=LATEST))
+        if threads != self.threads:
+            latest.clear()
+        latest.append(seconds)
+        self.threads = min(self._seconds, key=lambda number: min(self._seconds[number]))
 
 
 class Session:
@@ -64,7 +81,7 @@ class Session:
         self._model = model
         try:
             self._bytes = len(model) if isinstance(model, bytes) else os.path.getsize(model)
-            self._is_fixed = threads is not None or self._bytes > SMALL_MODEL
+            self._is_fixed = threads is not None or self._bytes > SMALL_MODEL or cores() == 1
             if not (self._is_fixed or isinstance(model, bytes)):
                 self._model = Path(model).read_bytes()  # by the time it is opened again, the file may be another one
         except OSError as error:
@@ -72,28 +89,26 @@ class Session:
         self.onnx = open_session(self._model, threads or PER_CORE)
         self._sessions = {PER_CORE: self.onnx}
         self._records: dict[tuple[int, ...], Record] = {}
+        self._lock = threading.Lock()
 
     def run(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""
         ids = feeds["input_ids"]
         if self._is_fixed or ids.size * self._bytes > SMALL_WORK:
             return self.onnx.run(outputs, feeds)
-        now = time.perf_counter()
-        if ids.shape not in self._records:
-            self._records[ids.shape] = Record(now + FIRST_TRIAL, {PER_CORE: collections.deque(maxlen=LATEST)})
-        record = self._records[ids.shape]
-        threads = record.threads
-        if now >= record.trial_due:
-            record.trial_due = now + TRIAL_EVERY
-            threads = ALONE if threads == PER_CORE else PER_CORE
+        with self._lock:
+            record = self._records.setdefault(ids.shape, Record())
+            threads = record.next()
+            is_trial = threads != record.threads
             if threads not in self._sessions:
                 self._sessions[threads] = open_session(self._model, threads)
-            self._sessions[threads].run(outputs, feeds)  # wakes its threads
-            record.seconds[threads] = collections.deque(maxlen=LATEST)
-            now = time.perf_counter()
-        results = self._sessions[threads].run(outputs, feeds)
-        record.seconds[threads].append(time.perf_counter() - now)
-        record.threads = min(record.seconds, key=lambda number: min(record.seconds[number]))
+            session = self._sessions[threads]
+        if is_trial:
+            session.run(outputs, feeds)  # wakes its threads
+        began = time.perf_counter()
+        results = session.run(outputs, feeds)
+        with self._lock:
+            record.add(threads, time.perf_counter() - began)
         return results
 
 

@@ -11,7 +11,8 @@ from ml_collections import config_flags
 
 from picogpt_jax import cli, distributed
 from picogpt_jax.config import Config
-from picogpt_jax.devices import cores, set_up_jax
+from picogpt_jax.cpu import cores
+from picogpt_jax.devices import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
 from picogpt_jax.vocabulary import Vocabulary

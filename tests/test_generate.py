@@ -176,6 +176,9 @@ def test_streams_that_take_turns_write_the_same_text(
     monkeypatch.setattr(Generator, "_fill", spy)
     np.testing.assert_array_equal(generate(), text)
     assert filled == turns
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), 12, jax.devices()[:2])
+    Generator.from_int8(MODEL, mesh).generate(prompts(12, 6), 1)
+    assert filled == [*turns, 12], "a mesh that is given is for models larger than a cache"
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming

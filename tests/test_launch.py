@@ -115,11 +115,12 @@ def test_ctrl_c_reaches_a_process_as_one_signal_to_save_on(tmp_path: Path) -> No
         "got = []\n"
         "for number in (signal.SIGINT, signal.SIGTERM):\n"
         "    signal.signal(number, lambda number, _: got.append(number))\n"
-        "print('ready', flush=True)\n"
+        # Each line at once: the other process writes too.
+        "os.write(1, b'ready\\n')\n"
         "while not got:\n"
         "    time.sleep(0.01)\n"
         "time.sleep(0.5)\n"
-        "os.write(1, f'got {[*map(int, got)]}\\n'.encode())\n"  # at once: the other process writes too
+        "os.write(1, f'got {[*map(int, got)]}\\n'.encode())\n"
     )
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     # bash cannot trap a signal that it inherits ignored, as it is in a worker of pytest's.

@@ -15,6 +15,7 @@ from test_int8_model import random_model
 from test_numpy_model import VARIANTS, assert_same_logits, jax_logits, numpy_model, random_tokens
 from transformers import AutoConfig, AutoTokenizer
 
+from picogpt_jax import onnx_graph
 from picogpt_jax.benchmark import random_int8_model
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
@@ -65,6 +66,19 @@ def test_the_logits_are_those_of_the_model_that_was_trained(variant: dict[str, A
     model, tokens_BT = random_model(**variant), random_tokens(16, 16)
     outputs = run(session_of(onnx_model(model, exact=exact)), inputs(model, tokens_BT))
     assert_same_logits(outputs["logits"], jax_logits(model, tokens_BT))
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_large_vocabulary_is_looked_up_in_int8(
+    granularity: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens_BT = random_model(granularity=granularity), random_tokens(2, 16)
+    whole = run(session_of(onnx_model(model, exact=exact)), inputs(model, tokens_BT))["logits"]
+    monkeypatch.setattr(onnx_graph, "SMALL_TABLE", 4)
+    proto = onnx_model(model, exact=exact)
+    gathered = {node.input[0] for node in proto.graph.node if node.op_type == "Gather"}
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= gathered
+    np.testing.assert_array_equal(run(session_of(proto), inputs(model, tokens_BT))["logits"], whole)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[5]], ids=str)
