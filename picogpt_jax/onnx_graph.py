@@ -182,16 +182,14 @@ class GraphBuilder:
 
         No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127.
         """
-        last, step = self.integers(-1), self.constant("step", np.float32(1 / MAX_CODE))
+        absmax = self.add("ReduceMax", self.add("Abs", x), self.integers(-1))
+        step = self.constant("step", np.float32(1 / MAX_CODE))
         if not self.exact:
-            # No array of absolute values, and x / scale in one node. A token of zeros has the scale 0: whatever its
-            # codes are, their product is 0.
-            absmax = self.add("Max", self.add("ReduceMax", x, last), self.add("Neg", self.add("ReduceMin", x, last)))
+            # x / scale in one node. A token of zeros has the scale 0: whatever its codes are, their product is 0.
             scale = self.add("Mul", absmax, step)
             self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
             return self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width), scale
         # An absmax below the smallest is raised to it; it belongs to a token of (as good as) zeros.
-        absmax = self.add("ReduceMax", self.add("Abs", x), last)
         absmax = self.add("Clip", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
         scale = self.add("Mul", absmax, step)
         scaled = self.add("Mul", x, self.add("Reciprocal", scale))
