@@ -67,7 +67,7 @@ def address() -> tuple[str | None, int | None, int | None]:
 
 
 def run() -> None:
-    from picogpt_jax.checkpoint import silence_background_errors
+    from picogpt_jax.orbax_io import silence_background_errors
     from picogpt_jax.train import train  # after set_up_jax
 
     silence_background_errors()

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
-from picogpt_jax import checkpoint
+from picogpt_jax import orbax_io
 from picogpt_jax.checkpoint import Checkpoints, abstract
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.errors import UserError
@@ -281,7 +281,7 @@ def test_what_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_an_array_larger_than_what_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "WRITE_BYTES", 100)
+    monkeypatch.setattr(orbax_io, "WRITE_BYTES", 100)
     save(tmp_path, {1: 2.0, 2: 1.0})
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
@@ -298,7 +298,7 @@ def test_a_state_is_read_in_parts(workdir: Path, monkeypatch: pytest.MonkeyPatch
         return restore(self, step, args=args)
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", spy)
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 1)
+    monkeypatch.setattr(orbax_io, "READ_BYTES", 1)
     with Checkpoints(workdir) as checkpoints:
         restored = checkpoints.restore(ABSTRACT, 2).state
     assert read == [["kernel"], ["step"]]
