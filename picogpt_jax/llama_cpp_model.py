@@ -88,6 +88,11 @@ class LlamaCppGPT:
     def vocab_size(self) -> int:
         return self.vocabulary.size
 
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that take as long as one: this runtime computes one after the other."""
+        return 1
+
     def new_cache(self, batch: int) -> Seen:
         """A cache of no positions."""
         return Seen(np.zeros((batch, 0), np.int64))

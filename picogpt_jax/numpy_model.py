@@ -235,6 +235,11 @@ class NumpyGPT:
         bias = self._take(f"{name}.bias", "float32", (self.n_embd,)) if self.has_bias else None
         return LayerNorm(weight, bias, self.epsilon)
 
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that take as long as one: this runtime computes one after the other."""
+        return 1
+
     def new_cache(self, batch: int) -> KVCache:
         """A cache of no positions."""
         return KVCache(self.n_layer)

@@ -227,12 +227,18 @@ class GraphBuilder:
         queries = self.add("Shape", "input_ids", start=1, end=2)
         keys = self.add("Shape", "attention_mask", start=1, end=2)
         hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
-        hidden_TS = self.filled(self.add("Concat", queries, keys, axis=0), hidden)
-        first_hidden = self.add("Add", self.add("Sub", keys, queries), self.integers(1))  # of the first query
-        causal_TS = self.add("Trilu", hidden_TS, self.add("Squeeze", first_hidden), upper=1)
+        # Every query of a full window: ONNX Runtime computes this once, when it loads the model.
+        block_size = self.config.block_size
+        hidden_everywhere = self.filled(self.integers(block_size, block_size), hidden)
+        causal = self.add("Trilu", hidden_everywhere, self.constant("one", np.int64(1)), upper=1)
+        starts = self.add("Concat", self.add("Sub", keys, queries), self.integers(0), axis=0)
+        ends = self.add("Concat", keys, keys, axis=0)
+        causal_TS = self.add("Slice", causal, starts, ends)
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
-        admitted_B11S = self.add("Unsqueeze", admitted_BS, self.integers(1, 2))
-        return self.add("Where", admitted_B11S, causal_TS, self.constant("hidden", hidden))
+        padding_BS = self.add(
+            "Where", admitted_BS, self.constant("visible", hidden * 0), self.constant("hidden", hidden)
+        )
+        return self.add("Min", causal_TS, self.add("Unsqueeze", padding_BS, self.integers(1, 2)))
 
     def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""

@@ -20,6 +20,7 @@ from picogpt_jax.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
 METADATA_KEY = "picogpt_jax"  # {"config": config.json of an int8 folder, "vocabulary": vocab.json, ...}
+PART_TOKENS = 256  # of several windows, computed at once by a core: what lies between two nodes stays in its cache
 KEEP_ALL, KEEP_LAST = (np.array([count], np.int64) for count in (0, 1))
 
 
@@ -82,6 +83,11 @@ class OnnxGPT:
         """Token ids."""
         return self.config.vocab_size
 
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that take as long as one."""
+        return self._session.side_by_side
+
     def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
         text = self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         try:
@@ -119,18 +125,31 @@ class OnnxGPT:
         """
         batch, queries = tokens_BT.shape
         past = cache or self.new_cache(batch)
+        if past.length + queries > self.block_size:
+            raise ValueError(f"{past.length + queries} positions do not fit into block_size={self.block_size}")
+        if cache is None and batch > 1 and self.windows_at_once > 1:
+            return self._windows(tokens_BT, last_only)
+        outputs = self._outputs[:1] if cache is None else self._outputs
+        logits, *past.values = self._session.run(outputs, self._feeds(tokens_BT, past, last_only))
+        past.length += queries
+        return logits
+
+    def _windows(self, tokens_BT: npt.NDArray[np.int64], last_only: bool) -> npt.NDArray[np.float32]:
+        """`forward` of several windows without a cache, in parts that are computed side by side."""
+        batch, queries = tokens_BT.shape
+        rows = min(-(-batch // self.windows_at_once), max(PART_TOKENS // queries, 1))
+        parts = [tokens_BT[first : first + rows] for first in range(0, batch, rows)]
+        feeds = [self._feeds(part_BT, self.new_cache(len(part_BT)), last_only) for part_BT in parts]
+        return np.concatenate([logits for (logits,) in self._session.run_all(self._outputs[:1], feeds)])
+
+    def _feeds(self, tokens_BT: npt.NDArray[np.int64], past: KVCache, last_only: bool) -> dict[str, npt.NDArray[Any]]:
+        """The graph's inputs."""
+        batch, queries = tokens_BT.shape
         end = past.length + queries
-        if end > self.block_size:
-            raise ValueError(f"{end} positions do not fit into block_size={self.block_size}")
-        ones = self._ones
-        if batch * end > len(ones):
-            ones = self._ones = np.ones(batch * self.block_size, np.int64)
+        if batch * end > len(self._ones):
+            self._ones = np.ones(batch * self.block_size, np.int64)
         feeds: dict[str, npt.NDArray[Any]]
-        feeds = {"input_ids": tokens_BT, "attention_mask": ones[: batch * end].reshape(batch, end)}
+        feeds = {"input_ids": tokens_BT, "attention_mask": self._ones[: batch * end].reshape(batch, end)}
         feeds["position_ids"] = self._positions[:, past.length : end].repeat(batch, 0)
         feeds["logits_to_keep"] = KEEP_LAST if last_only else KEEP_ALL
-        feeds |= zip(self._past, past.values, strict=True)
-        outputs = self._outputs[:1] if cache is None else self._outputs
-        logits, *past.values = self._session.run(outputs, feeds)
-        past.length = end
-        return logits
+        return feeds | dict(zip(self._past, past.values, strict=True))

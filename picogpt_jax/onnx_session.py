@@ -1,15 +1,21 @@
-"""ONNX Runtime with a thread for each core or with a single one, whichever is faster at the time (extra: onnx).
+"""ONNX Runtime with the number of threads that is fast for a small model (extra: onnx).
 
-A node of a small model takes microseconds, and at the end of each one the threads wait for each other. How long depends
-on the machine, and on a shared one it changes within seconds: a token of the default model took two threads 0.8 to 1.8
-times as long as one. So both are tried, again and again. The results were the same bits with every number of threads
-(a test): ONNX Runtime splits rows and heads, no sum.
+A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and fetch from
+each other's caches what the node before left there: a token of the default model took them 0.8 to 1.8 times as long as
+one thread, changing within seconds on a shared machine. So a small model's calls have one thread each, and several
+windows are computed side by side, each by one thread from its first node to its last: 32 windows took half to two
+thirds of the time that they took two threads together. Large calls, and those of large models, have a thread per core.
+The results were the same bits with every number of threads (a test): ONNX Runtime splits rows and heads, no sum.
+
+Keys that a query may not see get weights of about 1e-38, denormal numbers, over which Intel's processors spend most of
+attention's time. Here they are zero: by the session option `session.set_denormal_as_zero` in ONNX Runtime's threads,
+and by `picogpt_jax.cpu.denormals_flushed` in the one that calls it, as long as a call lasts.
 """
 
 import collections
 import os
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +27,16 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
-from picogpt_jax.cpu import cores, has_vnni
+from picogpt_jax.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni
 from picogpt_jax.errors import UserError
 
 LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
 SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
-SMALL_WORK = 1 << 30  # tokens times bytes of the model: a few milliseconds; what takes longer gets all cores
-FIRST_TRIAL, TRIAL_EVERY = 0.01, 0.25  # seconds of work until the other number of threads is tried
-LATEST = 3  # calls whose best time counts; one alone may have been interrupted
+SMALL_CALL = 1 << 29  # tokens times bytes of the model: some milliseconds; what takes longer gets all cores
 
-
-class Record:
-    """The calls of one shape, and the number of threads for the next one.
-
-    Calls of a shape are not all the same work: the past grows, and fewer logits may be wanted. But they come mixed.
-
-    Attributes:
-        threads: the faster number.
-    """
-
-    def __init__(self) -> None:
-        self.threads = PER_CORE
-        self._seconds: dict[int, collections.deque[float]] = {}
-        self._until_trial = FIRST_TRIAL
-
-    def next(self) -> int:
-        """The number of threads for this call: the faster one, or in a trial the other one."""
-        if self._until_trial > 0:
-            return self.threads
-        self._until_trial = TRIAL_EVERY
-        return ALONE if self.threads == PER_CORE else PER_CORE
-
-    def add(self, threads: int, seconds: float) -> None:
-        """A call is done."""
-        self._until_trial -= seconds
-        latest = self._seconds.setdefault(threads, collections.deque(maxlen=LATEST))
-        if threads != self.threads:
-            latest.clear()
-        latest.append(seconds)
-        self.threads = min(self._seconds, key=lambda number: min(self._seconds[number]))
+Feeds = dict[str, npt.NDArray[Any]]
+Results = list[npt.NDArray[np.float32]]
 
 
 class Session:
@@ -68,48 +44,69 @@ class Session:
 
     Attributes:
         onnx: ONNX Runtime's session.
+        side_by_side: calls that `run_all` computes at a time.
 
     Args:
         model: the file, or its contents.
-        threads: of one operation; None for one per core, or one where that is faster.
+        threads: of one operation; None for what is fast.
 
     Raises:
         UserError: ONNX Runtime cannot read it.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None) -> None:
-        self._model = model
         try:
             self._bytes = len(model) if isinstance(model, bytes) else os.path.getsize(model)
-            self._is_fixed = threads is not None or self._bytes > SMALL_MODEL or cores() == 1
-            if not (self._is_fixed or isinstance(model, bytes)):
-                self._model = Path(model).read_bytes()  # by the time it is opened again, the file may be another one
+            is_small = threads is None and self._bytes <= SMALL_MODEL
+            if is_small and not isinstance(model, bytes):
+                model = Path(model).read_bytes()  # by the time it is opened again, the file may be another one
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}; see that the file is there and readable") from None
-        self.onnx = open_session(self._model, threads or PER_CORE)
-        self._sessions = {PER_CORE: self.onnx}
-        self._records: dict[tuple[int, ...], Record] = {}
-        self._lock = threading.Lock()
+        self.onnx = open_session(model, ALONE if is_small else threads or PER_CORE)
+        self.side_by_side = cores() if is_small else 1
+        self._model, self._lock = model, threading.Lock()
+        self._shared: onnxruntime.InferenceSession | None = None  # by all cores
+        self._others: ThreadPoolExecutor | None = None  # threads beside the one that calls
 
-    def run(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+    def run(self, outputs: list[str], feeds: Feeds) -> Results:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""
-        ids = feeds["input_ids"]
-        if self._is_fixed or ids.size * self._bytes > SMALL_WORK:
-            return self.onnx.run(outputs, feeds)
+        session = self.onnx
+        if self.side_by_side > 1 and feeds["input_ids"].size * self._bytes > SMALL_CALL:
+            with self._lock:
+                if self._shared is None:
+                    self._shared = open_session(self._model, PER_CORE)
+            session = self._shared
+        with denormals_flushed():
+            return session.run(outputs, feeds)
+
+    def run_all(self, outputs: list[str], feeds: list[Feeds]) -> list[Results]:
+        """`run` for each of `feeds`, `side_by_side` of them at a time."""
+        if self.side_by_side == 1:
+            return [self.run(outputs, feed) for feed in feeds]
         with self._lock:
-            record = self._records.setdefault(ids.shape, Record())
-            threads = record.next()
-            is_trial = threads != record.threads
-            if threads not in self._sessions:
-                self._sessions[threads] = open_session(self._model, threads)
-            session = self._sessions[threads]
-        if is_trial:
-            session.run(outputs, feeds)  # wakes its threads
-        began = time.perf_counter()
-        results = session.run(outputs, feeds)
-        with self._lock:
-            record.add(threads, time.perf_counter() - began)
-        return results
+            if self._others is None:
+                self._others = ThreadPoolExecutor(self.side_by_side - 1, "onnxruntime")
+        left = collections.deque(enumerate(feeds))
+        results: dict[int, Results] = {}
+
+        def work() -> None:
+            with denormals_flushed():
+                while True:
+                    try:
+                        index, feed = left.popleft()
+                    except IndexError:
+                        return
+                    results[index] = self.onnx.run(outputs, feed)
+
+        others = [self._others.submit(work) for _ in range(min(self.side_by_side, len(feeds)) - 1)]
+        try:
+            work()
+        finally:
+            left.clear()
+            wait(others)
+        for other in others:
+            other.result()
+        return [results[index] for index in range(len(feeds))]
 
 
 def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -117,12 +114,15 @@ def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxrun
     options = onnxruntime.SessionOptions()
     options.log_severity_level = LOGS_ERRORS
     options.intra_op_num_threads = threads
+    if can_flush_denormals():
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if not has_vnni():
         # On x86 the kernel for unsigned times signed bytes can then saturate: take the exact one, which is slower.
         options.add_session_config_entry("session.x64quantprecision", "1")
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with denormals_flushed():  # the first session of a process would set this thread for good
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no class of its own above its exceptions
         reason = str(error).splitlines()[0]
         raise UserError(

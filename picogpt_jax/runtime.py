@@ -4,8 +4,10 @@ Shapes: B streams, T time, V vocabulary, N new tokens.
 """
 
 import math
+import threading
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,11 @@ class Runtime(Protocol[C]):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows, without a cache, that take as long as one."""
+        ...
 
     def new_cache(self, batch: int) -> C:
         """A cache of no positions."""
@@ -81,23 +88,108 @@ def generate(
     """
     check_generation(max_new_tokens, temperature, top_k, seed, overflow)
     prompt_BT = checked_tokens(tokens_BT, runtime.vocab_size, "the prompt")
-    (batch, length), block_size = prompt_BT.shape, runtime.block_size
+    batch, length = prompt_BT.shape
     text_BT = np.concatenate([prompt_BT, np.zeros((batch, max_new_tokens), np.int64)], axis=1)
-    cache, seen = runtime.new_cache(batch), max(length - block_size, 0)
     noise = Noise(seed, batch, runtime.vocab_size, temperature)
-    for end in range(length, length + max_new_tokens):
-        if cache.length + end - seen <= block_size:
-            logits_B1V = runtime.forward(text_BT[:, seen:end], cache, last_only=True)
-        elif overflow == "slide":
-            logits_B1V = runtime.forward(text_BT[:, end - block_size : end], last_only=True)
-        else:
-            cache = runtime.new_cache(batch)
-            logits_B1V = runtime.forward(text_BT[:, end - max(block_size // 2, 1) : end], cache, last_only=True)
-        seen = end
-        text_BT[:, end] = draw(logits_B1V[:, 0], noise.next(), top_k)
-        if stream is not None:
-            stream(text_BT[:, end : end + 1])
+    text = Text(runtime, text_BT, lambda logits_BV: draw(logits_BV, noise.next(), top_k), stream or (lambda _: None))
+    first, stop = max(length - runtime.block_size, 0), length + max_new_tokens
+    slides_from = stop if overflow == "refill" else min(first + runtime.block_size + 1, stop)
+    text.by_steps(first, range(length, slides_from))
+    text.by_windows(range(max(length, slides_from), stop))
     return text_BT
+
+
+class Text(Generic[C]):
+    """Text that grows; `ends` are the indices of the tokens to draw, all before them being there.
+
+    Args:
+        text_BT: the tokens, with room for more.
+        choose: draws [B] from logits [B, V]; called once a token, in order.
+        stream: called with every new token [B, 1], by the thread that calls `by_steps` or `by_windows`.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime[C],
+        text_BT: npt.NDArray[np.int64],
+        choose: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]],
+        stream: Stream,
+    ) -> None:
+        self._runtime, self._text_BT, self._choose, self._stream_piece = runtime, text_BT, choose, stream
+
+    def by_steps(self, first: int, ends: range) -> None:
+        """With a cache of the tokens from `first` on, which goes on with its newest half when it is full."""
+        block_size, cache, seen = self._runtime.block_size, self._runtime.new_cache(len(self._text_BT)), first
+        for end in ends:
+            if cache.length + end - seen > block_size:
+                cache, seen = self._runtime.new_cache(len(self._text_BT)), end - max(block_size // 2, 1)
+            self._append(end, self._runtime.forward(self._text_BT[:, seen:end], cache, last_only=True))
+            self._stream(end)
+            seen = end
+
+    def by_windows(self, ends: range) -> None:
+        """Each from the window of the last `block_size` tokens."""
+        if self._runtime.block_size > 1 and 2 * len(self._text_BT) <= self._runtime.windows_at_once:
+            return self._by_windows_in_turns(ends)
+        for end in ends:
+            window_BT = self._text_BT[:, end - self._runtime.block_size : end]
+            self._append(end, self._runtime.forward(window_BT, last_only=True))
+            self._stream(end)
+
+    def _by_windows_in_turns(self, ends: range) -> None:
+        """The same by two threads, of which each draws every other token.
+
+        A window is known but for its newest token while the other thread still computes that one: it is begun then, and
+        the newest token is a step with a cache. So a token takes half as long.
+        """
+        turns, is_over = (threading.Semaphore(1), threading.Semaphore(0)), threading.Event()
+
+        def begin(end: int) -> C:
+            cache = self._runtime.new_cache(len(self._text_BT))
+            known_BT = self._text_BT[:, end - self._runtime.block_size : end - 1]
+            self._runtime.forward(known_BT, cache, last_only=True)
+            return cache
+
+        def finish(end: int, cache: C) -> None:
+            self._append(end, self._runtime.forward(self._text_BT[:, end - 1 : end], cache, last_only=True))
+
+        def others() -> None:
+            for end in ends[1::2]:
+                cache = begin(end)
+                turns[1].acquire()
+                if is_over.is_set():
+                    return
+                finish(end, cache)
+                turns[0].release()
+
+        with ThreadPoolExecutor(1, "windows") as threads:
+            other = threads.submit(others)
+            other.add_done_callback(lambda _: turns[0].release())  # it may have failed
+            try:
+                for end in ends[::2]:
+                    cache = begin(end)
+                    turns[0].acquire()
+                    if other.done():
+                        other.result()
+                    if end > ends[0]:
+                        self._stream(end - 1)
+                    finish(end, cache)
+                    turns[1].release()
+                    self._stream(end)
+            except BaseException:
+                is_over.set()
+                turns[1].release()
+                raise
+            other.result()
+        for end in ends[1::2][-1:]:
+            if end == ends[-1]:
+                self._stream(end)
+
+    def _append(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> None:
+        self._text_BT[:, end] = self._choose(logits_B1V[:, 0])
+
+    def _stream(self, end: int) -> None:
+        self._stream_piece(self._text_BT[:, end : end + 1])
 
 
 class Noise:
