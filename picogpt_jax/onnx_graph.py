@@ -39,8 +39,10 @@ from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
 SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
+NARROW = 512  # features
 WHOLE = slice(None)
 TO_THE_END = np.iinfo(np.int64).max
+SMALLEST_LOG = np.float64(-700)  # exp of it is about 1e-304, a normal number that adds nothing to a sum of weights
 HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
 
 Weights = Literal["int8", "float"]
@@ -159,7 +161,10 @@ class GraphBuilder:
             product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
             if self.exact:  # in the order in which JAX rounds
                 y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
-            else:  # ONNX Runtime makes one node of this and of the product, but for the tokens' scales
+            elif self.config.n_embd <= NARROW and bias is None:  # ONNX Runtime makes one node of this and the product,
+                # which would take in the bias, and add it before the scales
+                y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
+            else:  # one node, but for the tokens' scales
                 fused = self.add("Mul", product, self.add("Mul", self.one(), weight_scale))
                 y = self.add("Mul", fused, scale, output=last)
         if bias is None:
@@ -170,7 +175,7 @@ class GraphBuilder:
         """A 1 that no optimizer knows.
 
         ONNX Runtime fuses a product with a computed scale of the activations only. That could be the tokens' scales,
-        but by those it multiplies in a single thread.
+        but by those it multiplies in a single thread, which takes longer than another node where rows are wide.
         """
         if not self.computed_one:
             batch = self.add("Shape", "input_ids", start=0, end=1)
@@ -224,16 +229,15 @@ class GraphBuilder:
 
         Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
         """
-        queries = self.add("Shape", "input_ids", start=1, end=2)
-        keys = self.add("Shape", "attention_mask", start=1, end=2)
         hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
-        # Every query of a full window: ONNX Runtime computes this once, when it loads the model.
+        # Of a full window: ONNX Runtime computes this once, when it loads the model. Its last rows and columns are the
+        # mask of a smaller one.
         block_size = self.config.block_size
-        hidden_everywhere = self.filled(self.integers(block_size, block_size), hidden)
-        causal = self.add("Trilu", hidden_everywhere, self.constant("one", np.int64(1)), upper=1)
-        starts = self.add("Concat", self.add("Sub", keys, queries), self.integers(0), axis=0)
-        ends = self.add("Concat", keys, keys, axis=0)
-        causal_TS = self.add("Slice", causal, starts, ends)
+        everywhere = self.filled(self.integers(block_size, block_size), hidden)
+        full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
+        sizes = [self.add("Shape", name, start=1, end=2) for name in ("input_ids", "attention_mask")]
+        starts = self.add("Neg", self.add("Concat", *sizes, axis=0))
+        causal_TS = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
         padding_BS = self.add(
             "Where", admitted_BS, self.constant("visible", hidden * 0), self.constant("hidden", hidden)
@@ -293,9 +297,9 @@ class GraphBuilder:
         k_BHSD = self.add("Concat", f"{past}.key", k_BHTD, axis=2, output=f"present.{layer}.key")
         v_BHSD = self.add("Concat", f"{past}.value", v_BHTD, axis=2, output=f"present.{layer}.value")
         q_BHTD = self.kept(q_BHTD, 2, first_kept)
-        q_BHTD, k_BHSD, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHSD, v_BHSD))
+        k_BHDS = self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2])  # in float32, which is less to move
+        q_BHTD, k_BHDS, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHDS, v_BHSD))
         q_BHTD = self.add("Mul", q_BHTD, self.constant("score_scale", np.float64(config.head_size**-0.5)))
-        k_BHDS = self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2])
         # ONNX Runtime up to 1.25 fuses a product with a transposition, and then lacks the kernel for float64: a Reshape
         # that changes nothing keeps them apart.
         k_BHDS = self.add("Reshape", k_BHDS, self.integers(0, 0, 0, -1))
@@ -306,9 +310,10 @@ class GraphBuilder:
 
     def weighted(self, scores_BHTS: str, v_BHSD: str) -> str:
         """The values weighted by the softmax of the scores, float32 [B, H, T, D]."""
-        # ONNX Runtime's Softmax is slow in float64.
+        # ONNX Runtime's Softmax is slow in float64, and Intel's processors where results are denormal numbers.
         last = self.integers(-1)
-        weights = self.add("Exp", self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last)))
+        below_BHTS = self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last))
+        weights = self.add("Exp", self.add("Max", below_BHTS, self.constant("smallest_log", SMALLEST_LOG)))
         y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
         return self.cast(y_BHTD, TensorProto.FLOAT)
 

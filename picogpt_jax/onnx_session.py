@@ -76,6 +76,8 @@ class Session:
                 if self._shared is None:
                     self._shared = open_session(self._model, PER_CORE)
             session = self._shared
+        if feeds["input_ids"].shape[1] == 1:  # it sees every key
+            return session.run(outputs, feeds)
         with denormals_flushed():
             return session.run(outputs, feeds)
 

@@ -27,23 +27,28 @@ except ImportError as error:
 
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Tensor
 
+Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations alone
+
 TIMED_CALLS = 10  # of each kernel, to find out which is the faster one
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
 
 
-def quantize_activations(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """One scale per token: scale = absmax / 127, codes = round_half_to_even(clip(x * (1 / scale), -127, 127)).
 
     The division is a product with float32(1 / 127), as XLA compiles it, so that the scales agree to the last bit.
     Nothing is clipped: |x| * (1 / scale) is at most a few roundings above 127, and rounds to 127.
 
+    Args:
+        x: float32 [..., I]; overwritten, as fresh memory costs as much as the product.
+
     Returns:
-        int8 codes [N, I] and float32 scales [N, 1]; a token of zeros has scale 1 / 127.
+        int8 codes [..., I] and float32 scales [..., 1]; a token of zeros has scale 1 / 127.
     """
-    absmax_N1 = torch.maximum(x_NI.amax(-1, keepdim=True), -x_NI.amin(-1, keepdim=True))  # no copy, as abs() makes
-    scale_N1 = torch.where(absmax_N1 < float(SMALLEST_ABSMAX), 1.0, absmax_N1) * (1.0 / MAX_CODE)
-    codes_NI = (x_NI * scale_N1.reciprocal()).round_()
-    return codes_NI.to(torch.int8), scale_N1
+    absmax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # no copy, as abs() makes
+    scale = torch.where(absmax < float(SMALLEST_ABSMAX), 1.0, absmax) * (1.0 / MAX_CODE)
+    codes = x.mul_(scale.reciprocal()).round_()
+    return codes.to(torch.int8), scale
 
 
 def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
@@ -57,7 +62,8 @@ def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
 
 def product_by_int_mm(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """`integer_product` by PyTorch's int8 kernel."""
-    return torch._int_mm(x_NI, w_OI.T).float()
+    sums_NO = torch._int_mm(x_NI, w_OI.T)
+    return sums_NO.view(torch.float32).copy_(sums_NO)  # in place: fresh memory costs as much as the conversion
 
 
 def product_by_float(x_NI: Tensor, w_OI: Tensor) -> Tensor:
@@ -118,13 +124,19 @@ class Int8Matrix(nn.Module):
         return self.codes[ids].float() * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., cols] -> float32 [..., rows]."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        if self.activation_bits is None:
-            y_NO = (x_NI @ self.codes.float().T) * self.scale
-        else:
-            codes_NI, scale_N1 = quantize_activations(x_NI)
-            y_NO = integer_product(codes_NI, self.codes).mul_(scale_N1).mul_(self.scale)
+        """float32 [..., cols], which is overwritten, -> float32 [..., rows]."""
+        return self.product(self.operand(x))
+
+    def operand(self, x: Tensor) -> Operand:
+        """What is multiplied for `x`, float32 [..., cols], which is overwritten."""
+        return (x,) if self.activation_bits is None else quantize_activations(x)
+
+    def product(self, operand: Operand, rows: slice = slice(None)) -> Tensor:
+        """float32 [..., rows]: an operand times some rows of the matrix."""
+        codes, scale = self.codes[rows], self.scale if len(self.scale) == 1 else self.scale[rows]
+        x_NI, *scale_N1 = (part.reshape(-1, part.shape[-1]) for part in operand)
+        y_NO = integer_product(x_NI, codes).mul_(*scale_N1) if scale_N1 else x_NI @ codes.float().T
+        y_NO.mul_(scale)
         if self.bias is not None:
-            y_NO += self.bias
-        return y_NO.view(*x.shape[:-1], -1)
+            y_NO += self.bias[rows]
+        return y_NO.view(*operand[0].shape[:-1], -1)

@@ -93,24 +93,36 @@ class Block(nn.Module):
         self.c_attn, self.attn_proj = matrix(model, f"{name}.attn.c_attn"), matrix(model, f"{name}.attn.c_proj")
         self.c_fc, self.mlp_proj = matrix(model, f"{name}.mlp.c_fc"), matrix(model, f"{name}.mlp.c_proj")
 
-    def forward(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
-        x_BTC = self.attend(self.ln_1(x_BTC), cache).add_(x_BTC)  # in place: fresh memory costs as much as the sum
+    def forward(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
+        """`last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values."""
+        kept_BTC = x_BTC[:, -1:] if last_only else x_BTC
+        # in place: fresh memory costs as much as the sum
+        x_BTC = self.attend(self.ln_1(x_BTC), cache, last_only).add_(kept_BTC)
         return self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC)))).add_(x_BTC)
 
-    def attend(self, x_BTC: Tensor, cache: KVCache | None) -> Tensor:
+    def attend(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
         """Causal self-attention; the queries are the last T of the S positions seen so far."""
-        batch, queries, width = x_BTC.shape
-        qkv_BT3HD = self.c_attn(x_BTC).view(batch, queries, 3, self.n_head, -1)
-        q_BHTD, k_BHSD, v_BHSD = qkv_BT3HD.permute(2, 0, 3, 1, 4)
+        width, operand = x_BTC.shape[2], self.c_attn.operand(x_BTC)
+        # One after the other: the results of a smaller product stay in the cache.
+        q_BHTD, k_BHSD, v_BHSD = (
+            self.c_attn.product(
+                tuple(value[:, -1:] for value in operand) if last_only and part == 0 else operand,
+                slice(part * width, (part + 1) * width),
+            )
+            .unflatten(2, (self.n_head, -1))
+            .transpose(1, 2)
+            for part in range(3)
+        )
         if cache is not None:
             k_BHSD, v_BHSD = cache.extend(self.layer, k_BHSD, v_BHSD)
+        queries = q_BHTD.shape[2]
         keys = k_BHSD.shape[2]
         visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
         if 1 < queries < keys:
             visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=x_BTC.device).tril(keys - queries)
         q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
-        return self.attn_proj(y_BHTD.float().transpose(1, 2).reshape(batch, queries, width))
+        return self.attn_proj(y_BHTD.float().transpose(1, 2).flatten(2))
 
 
 def matrix(model: Int8Model, name: str) -> Int8Matrix:
@@ -180,11 +192,12 @@ class Int8GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
         x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device))
-        for block in self.h:
+        for block in self.h[:-1]:
             x_BTC = block(x_BTC, cache)
+        x_BTC = self.h[-1](x_BTC, cache, last_only)
         if cache is not None:
             cache.length = end
-        return self.wte(self.ln_f(x_BTC[:, -1:] if last_only else x_BTC))
+        return self.wte(self.ln_f(x_BTC))
 
     @torch.no_grad()
     def generate(

@@ -62,7 +62,12 @@ def run(session: onnxruntime.InferenceSession, feeds: Arrays) -> Arrays:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_the_logits_are_those_of_the_model_that_was_trained(variant: dict[str, Any], exact: bool) -> None:
+@pytest.mark.parametrize("is_narrow", [True, False], ids=["narrow", "wide"])
+def test_the_logits_are_those_of_the_model_that_was_trained(
+    variant: dict[str, Any], is_narrow: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_narrow:
+        monkeypatch.setattr(onnx_graph, "NARROW", 0)
     model, tokens_BT = random_model(**variant), random_tokens(16, 16)
     outputs = run(session_of(onnx_model(model, exact=exact)), inputs(model, tokens_BT))
     assert_same_logits(outputs["logits"], jax_logits(model, tokens_BT))
@@ -102,6 +107,21 @@ def test_the_signature_is_optimums(exact: bool) -> None:
     assert found == expected | {f"past_key_values.{part}": past for part in parts}
     assert [value.name for value in session.get_outputs()] == ["logits", *(f"present.{part}" for part in parts)]
     assert session.get_outputs()[1].shape == ["batch_size", 4, total, 8]
+
+
+def test_the_integers_scales_and_product_become_one_node(tmp_path: Path) -> None:
+    """And the mask of a full window a constant, where it is as small as here."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        onnx_model(random_model(), exact=False).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    operators = [node.op_type for node in nodes]
+    assert operators.count("MatMulIntegerToFloat") == 2 * (3 + 1 + 2) + 1
+    assert not {"MatMulInteger", "Trilu"} & set(operators)
+    assert operators.count("Mul") == 2 * 4 + 1, "the tokens' scales, each once"
 
 
 def test_it_needs_no_more_than_the_declared_opset(exact: bool) -> None:

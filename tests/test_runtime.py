@@ -1,16 +1,19 @@
 """The generation and evaluation loops of the runtimes without their own; here with NumPy's."""
 
+import collections
 import math
+import threading
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from test_int8_model import random_model
 from test_numpy_model import numpy_model, random_tokens
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.numpy_model import NumpyGPT
+from picogpt_jax.numpy_model import KVCache, NumpyGPT
 from picogpt_jax.runtime import NOISE_TOKENS, Noise, draw, evaluate, generate
 from picogpt_jax.torch_model import Int8GPT
 
@@ -39,6 +42,64 @@ def test_greedy_generation_is_that_of_full_recomputation_and_of_pytorch(overflow
     np.testing.assert_array_equal(found_BT, greedy_without_cache(MODEL, prompt_BT, 40, overflow))
     by_torch = Int8GPT(INT8).generate(torch.from_numpy(prompt_BT), 40, temperature=0.0, overflow=overflow)
     np.testing.assert_array_equal(found_BT, by_torch.numpy())
+
+
+class TwoAtATime:
+    """A runtime like `MODEL`, of which two threads may compute at a time; calls of `fails` threads end in an error."""
+
+    windows_at_once = 2
+    block_size, vocab_size = MODEL.block_size, MODEL.vocab_size
+
+    def __init__(self, fails: str | None = None) -> None:
+        self.fails, self.lengths = fails, collections.Counter[int]()
+
+    def new_cache(self, batch: int) -> KVCache:
+        return MODEL.new_cache(batch)
+
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        name, length = threading.current_thread().name, tokens_BT.shape[1]
+        if self.fails is not None and name.startswith(self.fails) and self.lengths[self.block_size - 1] > 4:
+            raise RuntimeError(name)
+        self.lengths[length] += 1
+        return MODEL.forward(tokens_BT, cache, last_only)
+
+
+@pytest.mark.parametrize("new", [13, 14, 15, 16, 40, 41])
+def test_windows_in_turns_are_the_windows_one_by_one(new: int) -> None:
+    prompt_BT, pieces, model = random_tokens(1, 3), [], TwoAtATime()
+    text_BT = generate(model, prompt_BT, new, seed=3, stream=lambda piece: pieces.append(piece.copy()))
+    np.testing.assert_array_equal(text_BT, generate(MODEL, prompt_BT, new, seed=3))
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), text_BT[:, 3:])
+    assert model.lengths[MODEL.block_size - 1] == max(new - 14, 0), "begun without its newest token, each once"
+    assert model.lengths[MODEL.block_size] == 0
+
+
+@pytest.mark.parametrize("fails", ["MainThread", "windows"])
+def test_a_failure_in_either_thread_ends_both(fails: str) -> None:
+    with pytest.raises(RuntimeError, match=fails):
+        generate(TwoAtATime(fails), random_tokens(1, 20), 50)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("windows")]
+
+
+def test_a_reader_that_leaves_ends_both_threads() -> None:
+    def leaves(piece_B1: np.ndarray) -> None:
+        if len(pieces) == 9:
+            raise BrokenPipeError
+        pieces.append(piece_B1)
+
+    pieces: list[np.ndarray] = []
+    with pytest.raises(BrokenPipeError):
+        generate(TwoAtATime(), random_tokens(1, 20), 50, stream=leaves)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("windows")]
+
+
+def test_several_streams_have_no_second_thread_to_themselves() -> None:
+    model = TwoAtATime()
+    found_BT = generate(model, random_tokens(2, 20), 5, temperature=0.0)
+    np.testing.assert_array_equal(found_BT, generate(MODEL, random_tokens(2, 20), 5, temperature=0.0))
+    assert set(model.lengths) == {MODEL.block_size}
 
 
 def test_every_token_is_streamed_as_soon_as_it_is_drawn() -> None:
