@@ -69,6 +69,14 @@ class Attention(nn.Module):
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=rate, is_causal=True)
         return self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(batch, time, width)))
 
+    def at_the_last(self, x_BTC: Tensor) -> Tensor:
+        """`forward` in evaluation for the last position only, [B, 1, C]: the others' queries are not needed."""
+        width, bias = x_BTC.shape[2], self.c_attn.bias
+        q_B1C = F.linear(x_BTC[:, -1:], self.c_attn.weight[:width], None if bias is None else bias[:width])
+        kv_BTE = F.linear(x_BTC, self.c_attn.weight[width:], None if bias is None else bias[width:])
+        heads = (part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in (q_B1C, *kv_BTE.chunk(2, dim=2)))
+        return self.c_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
 
 class MLP(nn.Module):
     """Two linear layers around the activation."""
@@ -95,6 +103,11 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
         return x_BTC + self.mlp(self.ln_2(x_BTC))
+
+    def at_the_last(self, x_BTC: Tensor) -> Tensor:
+        """As in `Attention`."""
+        x_B1C = x_BTC[:, -1:] + self.attn.at_the_last(self.ln_1(x_BTC))
+        return x_B1C + self.mlp(self.ln_2(x_B1C))
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
@@ -125,13 +138,24 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """The mean loss in nats per token where there are targets, else the last position's logits, [B, V]."""
-        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTC = self.transformer["wte"](tokens_BT) + self.transformer["wpe"](positions)
-        x_BTC = self.transformer["drop"](x_BTC)
-        x_BTC = self.transformer["ln_f"](self.transformer["h"](x_BTC))
+        x_BTC = self.transformer["ln_f"](self.transformer["h"](self.embed(tokens_BT)))
         if targets_BT is None:
-            return self.lm_head(x_BTC[:, -1])
+            return self.lm_head(x_BTC[:, -1])  # nanoGPT's way
         return F.cross_entropy(self.lm_head(x_BTC).flatten(0, 1), targets_BT.flatten())
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """What enters the first block, [B, T, C]."""
+        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return self.transformer["drop"](self.transformer["wte"](tokens_BT) + self.transformer["wpe"](positions))
+
+    def last_logits(self, tokens_BT: Tensor) -> Tensor:
+        """Those of the last position, [B, V], without what the last block would compute for the others."""
+        *blocks, last = self.transformer["h"].children()
+        assert isinstance(last, Block)
+        x_BTC = self.embed(tokens_BT)
+        for block in blocks:
+            x_BTC = block(x_BTC)
+        return self.lm_head(self.transformer["ln_f"](last.at_the_last(x_BTC))[:, 0])
 
 
 def prepare_qat(model: GPT) -> GPT:
