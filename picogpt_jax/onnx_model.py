@@ -4,6 +4,7 @@ Only onnxruntime and NumPy are imported. Every step hands over the keys and valu
 in ONNX Runtime's own memory, not copied.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -139,7 +140,7 @@ class OnnxGPT:
         batch, queries = tokens_BT.shape
         rows = min(-(-batch // self.windows_at_once), max(PART_TOKENS // queries, 1))
         parts = [tokens_BT[first : first + rows] for first in range(0, batch, rows)]
-        feeds = [self._feeds(part_BT, self.new_cache(len(part_BT)), last_only) for part_BT in parts]
+        feeds = [functools.partial(self._feeds, part, self.new_cache(len(part)), last_only) for part in parts]
         return np.concatenate([logits for (logits,) in self._session.run_all(self._outputs[:1], feeds)])
 
     def _feeds(self, tokens_BT: npt.NDArray[np.int64], past: KVCache, last_only: bool) -> dict[str, npt.NDArray[Any]]:

@@ -15,6 +15,7 @@ and by `picogpt_jax.cpu.denormals_flushed` in the one that calls it, as long as 
 import collections
 import os
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ class Session:
         with denormals_flushed():
             return session.run(outputs, feeds)
 
-    def run_all(self, outputs: list[str], feeds: list[Feeds]) -> list[Results]:
-        """`run` for each of `feeds`, `side_by_side` of them at a time."""
+    def run_all(self, outputs: list[str], feeds: Sequence[Callable[[], Feeds]]) -> list[Results]:
+        """`run` for each of `feeds`, `side_by_side` of them at a time, made just before."""
         if self.side_by_side == 1:
-            return [self.run(outputs, feed) for feed in feeds]
+            return [self.run(outputs, feed()) for feed in feeds]
         with self._lock:
             if self._others is None:
                 self._others = ThreadPoolExecutor(self.side_by_side - 1, "onnxruntime")
@@ -98,7 +99,7 @@ class Session:
                         index, feed = left.popleft()
                     except IndexError:
                         return
-                    results[index] = self.onnx.run(outputs, feed)
+                    results[index] = self.onnx.run(outputs, feed())
 
         others = [self._others.submit(work) for _ in range(min(self.side_by_side, len(feeds)) - 1)]
         try:

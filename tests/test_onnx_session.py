@@ -84,7 +84,7 @@ def test_small_calls_of_small_models_have_one_thread(
 def test_calls_side_by_side_come_back_in_order(machine: Machine) -> None:
     machine.together = threading.Barrier(4)
     session = Session(b"model", None)
-    feeds = [{"input_ids": np.full((1, 1), index)} for index in range(8)]
+    feeds = [lambda index=index: {"input_ids": np.full((1, 1), index)} for index in range(8)]
     assert session.run_all(["logits"], feeds) == [["logits", ALONE, index] for index in range(8)]
     machine.together = threading.Barrier(1)
     assert Session(b"model", 3).run_all(["logits"], feeds[:2]) == [["logits", 3, 0], ["logits", 3, 1]]
@@ -93,7 +93,8 @@ def test_calls_side_by_side_come_back_in_order(machine: Machine) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_a_call_that_fails_ends_the_others(machine: Machine, failing: int) -> None:
     session = Session(b"model", None)
-    feeds = [{"input_ids": np.full((1, 1), -1 if index == failing else index)} for index in range(4)]
+    ids = [-1 if index == failing else index for index in range(4)]
+    feeds = [lambda index=index: {"input_ids": np.full((1, 1), index)} for index in ids]
     with pytest.raises(RuntimeError, match="call -1"):
         session.run_all(["logits"], feeds)
     assert len(session.run_all(["logits"], feeds[:failing])) == failing, "the threads live on"
