@@ -76,7 +76,7 @@ class Generator:
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         # A softmax sums over the positions, a LayerNorm over the width; products are no sums here.
         options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
-        self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
+        self._prefill = jax.jit(self._prefill_impl, static_argnames="exact", compiler_options=options)
         self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
         self._extend = jax.jit(
             self._extend_impl,
@@ -160,7 +160,9 @@ class Generator:
         noise_from = -n_noise  # the index of the token that the noise at hand begins with
         wanted, index, unread = FIRST_PIECE, prompt_length, None
         turns = np.split(prompt_BT[:, -self.block_size :], self._turns(streams, mesh))
-        contexts = [self._fill(variables, turn_BT, batch_sharding(mesh)) for turn_BT in turns]
+        # What is drawn depends on a noise that other runtimes do not share; the likeliest text is the same in all.
+        exact = temperature == 0
+        contexts = [self._fill(variables, turn_BT, batch_sharding(mesh), exact) for turn_BT in turns]
         began = time.perf_counter()
         while index < end:
             if index - noise_from >= n_noise:
@@ -221,18 +223,22 @@ class Generator:
         count = max(number for number in range(1, len(devices) + 1) if streams % number == 0)
         return make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])
 
-    def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding) -> Context:
+    def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding, exact: bool) -> Context:
         """A new context of these tokens, padded to a power of two: prompts of any length need few compilations."""
         length = tokens_BT.shape[1]
         padded = min(self.block_size, max(8, 1 << (length - 1).bit_length()))
         padded_BT = jax.device_put(np.pad(tokens_BT, ((0, 0), (0, padded - length))), place)
-        return self._prefill(variables, padded_BT, jnp.int32(length))
+        return self._prefill(variables, padded_BT, jnp.int32(length), exact)
 
-    def _prefill_impl(self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""]) -> Context:
+    def _prefill_impl(
+        self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""], exact: bool
+    ) -> Context:
         logits_BTV, cache = self._apply(variables, tokens_BT, keep_cache=True)
         # Padding has written keys beyond `length`; the next tokens overwrite them before they can be seen.
         logits_B1V = lax.dynamic_slice_in_dim(logits_BTV, length - 1, 1, axis=1)
-        return Context(self._padded(tokens_BT), dataclasses.replace(cache, length=length), logits_B1V[:, 0])
+        return Context(
+            self._padded(tokens_BT), dataclasses.replace(cache, length=length, exact=exact), logits_B1V[:, 0]
+        )
 
     def _padded(self, tokens_BT: Int[Array, "B T"]) -> Int[Array, "B S"]:
         return jnp.pad(tokens_BT, ((0, 0), (0, self.block_size - tokens_BT.shape[1])))
@@ -276,6 +282,7 @@ class Generator:
                 logits_B1V, cache = self._apply(variables, window_BT, last_only=True), carry[1].cache
             else:
                 logits_B1V, cache = self._apply(variables, window_BT, keep_cache=True, last_only=True)
+                cache = dataclasses.replace(cache, exact=carry[1].cache.exact)
             return out_BN, Context(self._padded(window_BT), cache, logits_B1V[:, 0])
 
         def go_on(state: tuple[Array, Carry]) -> tuple[Array, Carry]:

@@ -23,8 +23,8 @@ from picogpt_jax.linear import Dense, Embedding, as_row
 from picogpt_jax.quantization import Mode
 from picogpt_jax.sharding import constrain
 
-# Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
-LayerCache = tuple[Array, Array, Array]
+# Keys and values [B, H, S, D] of one layer's earlier positions, their number, and `KVCache.exact`.
+LayerCache = tuple[Array, Array, Array, bool]
 
 FLOAT32 = jnp.dtype("float32")
 # "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
@@ -44,10 +44,12 @@ class KVCache:
     Attributes:
         layers: for each layer keys and values, [B, H, S, D] in the compute type; what lies beyond `length` is not read.
         length: int32 scalar, positions filled.
+        exact: whether attention to them is as exact as to a window's own positions (`picogpt_jax.rounding`).
     """
 
     layers: tuple[tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]], ...]
     length: Int[Array, ""]
+    exact: bool = struct.field(pytree_node=False, default=True)
 
 
 class LayerNorm(nn.Module):
@@ -160,7 +162,7 @@ class Attention(nn.Module):
             y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
         updated = (k_BHTD, v_BHTD)
         if cache is not None:
-            keys_BHSD, values_BHSD, length = cache
+            keys_BHSD, values_BHSD, length, _ = cache
             # What is written is made to depend on the result (which is never NaN): the compiler then knows that the old
             # cache has been read, and writes in place. Without it every cache was copied twice for every token.
             broken = jnp.isnan(y_BHTD[:, :, -1:])
@@ -298,7 +300,7 @@ class GPT(nn.Module):
             x_BTC = self._blocks(x_BTC, key)
         else:
             for layer, block in enumerate(self.h):
-                past = None if cache is None else (*cache.layers[layer], cache.length)
+                past = None if cache is None else (*cache.layers[layer], cache.length, cache.exact)
                 # Of the last layer, only the keys and values of the other positions matter to the last one.
                 x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
                 updates.append(updated)
@@ -311,7 +313,8 @@ class GPT(nn.Module):
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
             updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
         place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
-        return logits_BTV, KVCache(layers=tuple(map(place, updates)), length=first + jnp.int32(time))
+        exact = cache is None or cache.exact
+        return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time), exact)
 
     def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         """All blocks, scanned or rematerialised."""

@@ -129,7 +129,8 @@ class Text(Generic[C]):
 
     def by_windows(self, ends: range) -> None:
         """Each from the window of the last `block_size` tokens."""
-        if self._runtime.block_size > 1 and 2 * len(self._text_BT) <= self._runtime.windows_at_once:
+        has_two_threads = 2 * len(self._text_BT) <= self._runtime.windows_at_once
+        if has_two_threads and len(ends) > 1 and self._runtime.block_size > 1:
             return self._by_windows_in_turns(ends)
         for end in ends:
             window_BT = self._text_BT[:, end - self._runtime.block_size : end]
@@ -181,9 +182,8 @@ class Text(Generic[C]):
                 turns[1].release()
                 raise
             other.result()
-        for end in ends[1::2][-1:]:
-            if end == ends[-1]:
-                self._stream(end)
+        if len(ends) % 2 == 0:
+            self._stream(ends[-1])
 
     def _append(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> None:
         self._text_BT[:, end] = self._choose(logits_B1V[:, 0])

@@ -214,3 +214,21 @@ def test_the_tpu_kernel_computes_the_plain_form(
     np.testing.assert_allclose(y_splash, y, atol=2e-5)
     for actual, expected in zip(gradients_splash, gradients, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_to_a_cache_is_that_to_the_whole_window_bit_for_bit(queries: int) -> None:
+    """In float64, rounded once; in float32 as exact as float32 sums are."""
+    shape, past = (2, 4, 96, 48), 96 - queries
+    q, k, v = 3 * jax.random.normal(jax.random.key(0), (3, *shape))
+    whole = attention.plain(q, k, v, None, 0.0, None, "")[:, :, past:]
+
+    def cached(exact: bool) -> np.ndarray:
+        filled = (jnp.where(jnp.arange(96)[:, None] < past, part, jnp.nan_to_num(jnp.inf)) for part in (k, v))
+        new = (part[:, :, past:] for part in (q, k, v))
+        return jax.jit(lambda *new: attention.plain(*new, (*filled, jnp.int32(past), exact), 0.0, None, ""))(*new)
+
+    assert (np.asarray(cached(True)) == whole).mean() > 0.999
+    np.testing.assert_allclose(cached(True), whole, rtol=2e-7, atol=1e-12)
+    np.testing.assert_allclose(cached(False), whole, atol=1e-5)
+    assert (np.asarray(cached(False)) == whole).mean() < 0.9, "a control: float32 is less exact"

@@ -169,9 +169,9 @@ def test_streams_that_take_turns_write_the_same_text(
     filled: list[int] = []
     fill = Generator._fill
 
-    def spy(self: Generator, variables: Any, rows: np.ndarray, place: Any) -> Any:
+    def spy(self: Generator, variables: Any, rows: np.ndarray, *settings: Any) -> Any:
         filled.append(len(rows))
-        return fill(self, variables, rows, place)
+        return fill(self, variables, rows, *settings)
 
     monkeypatch.setattr(Generator, "_fill", spy)
     np.testing.assert_array_equal(generate(), text)
@@ -179,6 +179,15 @@ def test_streams_that_take_turns_write_the_same_text(
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), 12, jax.devices()[:2])
     Generator.from_int8(MODEL, mesh).generate(prompts(12, 6), 1)
     assert filled == [*turns, 12], "a mesh that is given is for models larger than a cache"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_greedy_text_is_as_exact_as_a_window(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = []
+    fill = Generator._fill
+    monkeypatch.setattr(Generator, "_fill", lambda *settings: contexts.append(fill(*settings)) or contexts[-1])
+    generator("int8").generate(prompts(2, 6), 3, temperature=temperature)
+    assert [context.cache.exact for context in contexts] == [temperature == 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming
@@ -203,7 +212,7 @@ def test_a_mesh_splits_the_model_and_writes_the_same_text(sizes: tuple[int, int,
     scale = codes["h_0"]["attn"]["c_attn"]["kernel"].scale
     assert scale.addressable_shards[0].data.shape == (96 // tensor, 1)
     tokens = jax.device_put(jnp.zeros((STREAMS, 8), jnp.int32), batch_sharding(mesh))
-    cache = split._prefill(split._variables[1], tokens, jnp.int32(8)).cache
+    cache = split._prefill(split._variables[1], tokens, jnp.int32(8), exact=True).cache
     assert {array.addressable_shards[0].data.shape for array in jax.tree.leaves(cache.layers)} == {
         (STREAMS // (data * fsdp), 4 // tensor, BLOCK, 8)
     }
