@@ -74,7 +74,7 @@ class Generator:
             sharding.check_divides("heads", "the attention heads (model.n_head)", model.config.n_head, mesh)
         self.block_size = model.config.block_size
         self._variables = {1: variables}  # number of devices -> a copy on each of them
-        # A softmax sums over the positions, a LayerNorm over the width; products are no sums here.
+        # A softmax and attention to a cache sum over the positions, a LayerNorm over the width.
         options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
         self._prefill = jax.jit(self._prefill_impl, static_argnames="exact", compiler_options=options)
         self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))

@@ -1,7 +1,7 @@
 """The int8 model as an ONNX graph (extra: onnx).
 
     input_ids, position_ids int64 [B, T], attention_mask int64 [B, S],
-    past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
+    past_key_values.{i}.key/value float32 [B, H, P, D]          S = P + T, at most block_size; P may be 0
     -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
 
 One more input need not be given, `logits_to_keep` int64 [1]: the logits of so many last positions are computed, which
@@ -15,7 +15,7 @@ an exact one, which is slower with VNNI (`picogpt_jax.onnx_session` sets it wher
 
 The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm and attention in float64, rounded once. With
 `exact=False` they are ONNX Runtime's own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128
-by one node too, and the weights' scales are fused with the product: faster, and now and then another token where two
+by one node too, and the scales are fused with the product: faster, and now and then another token where two
 are almost equally likely.
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
@@ -39,7 +39,7 @@ from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
 SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
-NARROW = 512  # features
+NARROW = 512  # outputs of a product
 WHOLE = slice(None)
 TO_THE_END = np.iinfo(np.int64).max
 SMALLEST_LOG = np.float64(-700)  # exp of it is about 1e-304, a normal number that adds nothing to a sum of weights
@@ -161,7 +161,9 @@ class GraphBuilder:
             product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
             if self.exact:  # in the order in which JAX rounds
                 y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
-            elif self.config.n_embd <= NARROW and bias is None:  # ONNX Runtime makes one node of this and the product,
+            elif (
+                len(matrix.codes[part]) <= NARROW and bias is None
+            ):  # ONNX Runtime makes one node of this and the product,
                 # which would take in the bias, and add it before the scales
                 y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
             else:  # one node, but for the tokens' scales
@@ -230,8 +232,8 @@ class GraphBuilder:
         Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
         """
         hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
-        # Of a full window: ONNX Runtime computes this once, when it loads the model. Its last rows and columns are the
-        # mask of a smaller one.
+        # Of a full window, 4 or 8 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
+        # Its last rows and columns are the mask of a smaller one.
         block_size = self.config.block_size
         everywhere = self.filled(self.integers(block_size, block_size), hidden)
         full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
@@ -240,7 +242,7 @@ class GraphBuilder:
         causal_TS = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
         padding_BS = self.add(
-            "Where", admitted_BS, self.constant("visible", hidden * 0), self.constant("hidden", hidden)
+            "Where", admitted_BS, self.constant("visible", np.zeros_like(hidden)), self.constant("hidden", hidden)
         )
         return self.add("Min", causal_TS, self.add("Unsqueeze", padding_BS, self.integers(1, 2)))
 

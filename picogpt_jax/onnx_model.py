@@ -43,7 +43,7 @@ class OnnxGPT:
 
     Args:
         model: the file, or its contents.
-        threads: of one operation; None for one per core, or one where that is faster.
+        threads: of one operation; None for what is fast (`picogpt_jax.onnx_session`).
 
     Raises:
         UserError: it is no ONNX model, or not one that `onnx_export` wrote.
@@ -86,8 +86,8 @@ class OnnxGPT:
 
     @property
     def windows_at_once(self) -> int:
-        """Windows that take as long as one."""
-        return self._session.side_by_side
+        """Windows that take as long as one; large ones have all cores to themselves."""
+        return 1 if self._session.is_large(self.block_size) else self._session.side_by_side
 
     def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
         text = self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
@@ -147,10 +147,11 @@ class OnnxGPT:
         """The graph's inputs."""
         batch, queries = tokens_BT.shape
         end = past.length + queries
-        if batch * end > len(self._ones):
-            self._ones = np.ones(batch * self.block_size, np.int64)
+        ones = self._ones  # which another thread may replace
+        if batch * end > len(ones):
+            ones = self._ones = np.ones(batch * self.block_size, np.int64)
         feeds: dict[str, npt.NDArray[Any]]
-        feeds = {"input_ids": tokens_BT, "attention_mask": self._ones[: batch * end].reshape(batch, end)}
+        feeds = {"input_ids": tokens_BT, "attention_mask": ones[: batch * end].reshape(batch, end)}
         feeds["position_ids"] = self._positions[:, past.length : end].repeat(batch, 0)
         feeds["logits_to_keep"] = KEEP_LAST if last_only else KEEP_ALL
         return feeds | dict(zip(self._past, past.values, strict=True))

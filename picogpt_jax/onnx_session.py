@@ -3,20 +3,20 @@
 A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and fetch from
 each other's caches what the node before left there: a token of the default model took them 0.8 to 1.8 times as long as
 one thread, changing within seconds on a shared machine. So a small model's calls have one thread each, and several
-windows are computed side by side, each by one thread from its first node to its last: 32 windows took half to two
-thirds of the time that they took two threads together. Large calls, and those of large models, have a thread per core.
-The results were the same bits with every number of threads (a test): ONNX Runtime splits rows and heads, no sum.
+windows are computed side by side, each by one thread from its first node to its last: 32 windows took 0.57 to 0.75 of
+the time that they took two threads together. Large calls, and those of large models, have a thread per core.
+A call's results are the same bits with every number of threads (a test): ONNX Runtime splits rows and heads, no sum.
 
 Keys that a query may not see get weights of about 1e-38, denormal numbers, over which Intel's processors spend most of
 attention's time. Here they are zero: by the session option `session.set_denormal_as_zero` in ONNX Runtime's threads,
-and by `picogpt_jax.cpu.denormals_flushed` in the one that calls it, as long as a call lasts.
+and by `picogpt_jax.cpu.denormals_flushed` in the one that calls it, as long as a call lasts that has several queries.
 """
 
 import collections
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,14 @@ class Session:
         self._shared: onnxruntime.InferenceSession | None = None  # by all cores
         self._others: ThreadPoolExecutor | None = None  # threads beside the one that calls
 
+    def is_large(self, tokens: int) -> bool:
+        """Whether a call with so many tokens is worth the work of all cores."""
+        return tokens * self._bytes > SMALL_CALL
+
     def run(self, outputs: list[str], feeds: Feeds) -> Results:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""
         session = self.onnx
-        if self.side_by_side > 1 and feeds["input_ids"].size * self._bytes > SMALL_CALL:
+        if self.side_by_side > 1 and self.is_large(feeds["input_ids"].size):
             with self._lock:
                 if self._shared is None:
                     self._shared = open_session(self._model, PER_CORE)
@@ -83,7 +87,7 @@ class Session:
             return session.run(outputs, feeds)
 
     def run_all(self, outputs: list[str], feeds: Sequence[Callable[[], Feeds]]) -> list[Results]:
-        """`run` for each of `feeds`, `side_by_side` of them at a time, made just before."""
+        """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
         if self.side_by_side == 1:
             return [self.run(outputs, feed()) for feed in feeds]
         with self._lock:
@@ -99,10 +103,16 @@ class Session:
                         index, feed = left.popleft()
                     except IndexError:
                         return
-                    results[index] = self.onnx.run(outputs, feed())
+                    try:
+                        results[index] = self.onnx.run(outputs, feed())
+                    except BaseException:
+                        left.clear()
+                        raise
 
-        others = [self._others.submit(work) for _ in range(min(self.side_by_side, len(feeds)) - 1)]
+        others: list[Future[None]] = []
         try:
+            for _ in range(min(self.side_by_side, len(feeds)) - 1):
+                others.append(self._others.submit(work))
             work()
         finally:
             left.clear()

@@ -192,9 +192,8 @@ class Int8GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
         x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device))
-        for block in self.h[:-1]:
-            x_BTC = block(x_BTC, cache)
-        x_BTC = self.h[-1](x_BTC, cache, last_only)
+        for layer, block in enumerate(self.h):
+            x_BTC = block(x_BTC, cache, last_only and layer == len(self.h) - 1)
         if cache is not None:
             cache.length = end
         return self.wte(self.ln_f(x_BTC))

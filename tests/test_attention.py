@@ -217,7 +217,7 @@ def test_the_tpu_kernel_computes_the_plain_form(
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_attention_to_a_cache_is_that_to_the_whole_window_bit_for_bit(queries: int) -> None:
+def test_attention_to_a_cache_rounds_like_that_to_the_whole_window(queries: int) -> None:
     """In float64, rounded once; in float32 as exact as float32 sums are."""
     shape, past = (2, 4, 96, 48), 96 - queries
     q, k, v = 3 * jax.random.normal(jax.random.key(0), (3, *shape))

@@ -66,7 +66,7 @@ class TwoAtATime:
         return MODEL.forward(tokens_BT, cache, last_only)
 
 
-@pytest.mark.parametrize("new", [13, 14, 15, 16, 40, 41])
+@pytest.mark.parametrize("new", [13, 14, 16, 17, 40, 41])
 def test_windows_in_turns_are_the_windows_one_by_one(new: int) -> None:
     prompt_BT, pieces, model = random_tokens(1, 3), [], TwoAtATime()
     text_BT = generate(model, prompt_BT, new, seed=3, stream=lambda piece: pieces.append(piece.copy()))
@@ -95,8 +95,10 @@ def test_a_reader_that_leaves_ends_both_threads() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("windows")]
 
 
-def test_several_streams_have_no_second_thread_to_themselves() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_several_streams_take_no_turns(at_once: int) -> None:
     model = TwoAtATime()
+    model.windows_at_once = at_once
     found_BT = generate(model, random_tokens(2, 20), 5, temperature=0.0)
     np.testing.assert_array_equal(found_BT, generate(MODEL, random_tokens(2, 20), 5, temperature=0.0))
     assert set(model.lengths) == {MODEL.block_size}

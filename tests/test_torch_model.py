@@ -126,6 +126,18 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
     assert (before[8:] - after[8:]).abs().amax(-1).min() > 1e-2
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pieces", [[16], [5, 1, 10]])
+def test_the_last_logits_alone_are_the_last_of_all(pieces: list[int], bias: bool) -> None:
+    model, tokens = Int8GPT(random_model(bias=bias)), random_tokens(3, 16)
+    whole, cache = model(tokens), KVCache(model.config, 3, torch.device("cpu"))
+    for piece in tokens.split(pieces, dim=1):
+        last = model(piece, cache, last_only=True)
+        torch.testing.assert_close(last[:, 0], whole[:, cache.length - 1], atol=1e-5, rtol=0)
+    if len(pieces) == 1:
+        assert torch.equal(model(tokens, last_only=True), last)
+
+
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("part_tokens", [10, 16, 40])
 def test_a_large_batch_is_computed_in_parts(part_tokens: int, last_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
