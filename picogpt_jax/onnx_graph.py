@@ -159,14 +159,13 @@ class GraphBuilder:
             codes, scale = operand
             product = self.add("MatMulInteger", codes, weight, self.constant("zero_point", ZERO_POINT))
             product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
+            # ONNX Runtime would take a bias into the product, and add it before the scales.
+            is_one_node = len(matrix.codes[part]) <= NARROW and bias is None
             if self.exact:  # in the order in which JAX rounds
                 y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
-            elif (
-                len(matrix.codes[part]) <= NARROW and bias is None
-            ):  # ONNX Runtime makes one node of this and the product,
-                # which would take in the bias, and add it before the scales
+            elif is_one_node:  # of ONNX Runtime, product and scales
                 y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
-            else:  # one node, but for the tokens' scales
+            else:  # without the tokens' scales
                 fused = self.add("Mul", product, self.add("Mul", self.one(), weight_scale))
                 y = self.add("Mul", fused, scale, output=last)
         if bias is None:
