@@ -1,5 +1,7 @@
 """What every script shares: absl flags, and a user's mistake as one line with exit status 2."""
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -9,6 +11,7 @@ from absl import app, flags, logging
 from picogpt_jax.errors import UserError
 
 USER_ERROR_STATUS = 2
+CLOSED_PIPE_STATUS = 141  # what a shell reports of a program that SIGPIPE ended
 
 
 def run(main: Callable[[], object]) -> NoReturn:
@@ -56,6 +59,18 @@ def _guarded(main: Callable[[], object]) -> None:
         if "picogpt_jax[" not in str(error):  # the extra to install
             raise
         _exit_with(str(error))
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
+        sys.exit(CLOSED_PIPE_STATUS)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the standard output any more, as after `| head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are reported in any case
+    return bool(output.poll(0))
 
 
 def _exit_with(message: str) -> NoReturn:

@@ -2,6 +2,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -100,6 +102,23 @@ def test_a_defect_of_ours_keeps_its_traceback(run: Run) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError: a defect of ours" in done.stderr
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_reader_that_leaves_ends_the_program_quietly(tmp_path: Path, is_ours: bool) -> None:
+    """As `| head` does; another broken connection is an error like any other."""
+    failure = "raise BrokenPipeError('a connection')"
+    work = "while True: print('text', flush=True)" if is_ours else failure
+    (tmp_path / "script.py").write_text(f"from picogpt_jax import cli\n\ndef main():\n    {work}\n\ncli.run(main)\n")
+    command, env = [sys.executable, "script.py"], {"PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **pipes) as process:
+        assert process.stdout.readline() == ("text\n" if is_ours else "")
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == (141 if is_ours else 1)
+    assert error.endswith("" if is_ours else "BrokenPipeError: a connection\n")
+    assert bool(error) is not is_ours
 
 
 def test_help_explains_every_flag(run: Run) -> None:
