@@ -1,7 +1,7 @@
 """The int8 model as an ONNX graph (extra: onnx).
 
     input_ids, position_ids int64 [B, T], attention_mask int64 [B, S],
-    past_key_values.{i}.key/value float32 [B, H, P, D]          S = P + T, at most block_size; P may be 0
+    past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
     -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
 
 One more input need not be given, `logits_to_keep` int64 [1]: the logits of so many last positions are computed, which
@@ -232,13 +232,16 @@ class GraphBuilder:
         """
         hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
         # Of a full window, 4 or 8 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
-        # Its last rows and columns are the mask of a smaller one.
+        # Its last rows and columns are the mask of fewer positions among themselves; they see all of the past.
         block_size = self.config.block_size
         everywhere = self.filled(self.integers(block_size, block_size), hidden)
         full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
-        sizes = [self.add("Shape", name, start=1, end=2) for name in ("input_ids", "attention_mask")]
-        starts = self.add("Neg", self.add("Concat", *sizes, axis=0))
-        causal_TS = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
+        queries = self.add("Shape", "input_ids", start=1, end=2)
+        starts = self.add("Neg", self.add("Concat", queries, queries, axis=0))
+        causal_TT = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
+        past = self.add("Shape", "past_key_values.0.key", start=2, end=3)
+        pads = self.add("Concat", self.integers(0), past, self.integers(0, 0), axis=0)
+        causal_TS = self.add("Pad", causal_TT, pads)
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
         padding_BS = self.add(
             "Where", admitted_BS, self.constant("visible", np.zeros_like(hidden)), self.constant("hidden", hidden)

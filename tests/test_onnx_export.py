@@ -164,6 +164,16 @@ def test_padding_on_the_left_changes_nothing(exact: bool) -> None:
     assert np.abs(unmasked[0, -1] - outputs["logits"][0, -1]).max() > 1e-2
 
 
+def test_padding_does_not_count_as_positions(exact: bool) -> None:
+    """A row of 5 tokens padded to the 16 that the model sees, and then a sixth: 17 keys."""
+    model = random_model(activation_bits=None)
+    session, row_1T = session_of(onnx_model(model, exact=exact)), random_tokens(1, 6)
+    padded_1T, mask_1S = np.pad(row_1T[:, :5], ((0, 0), (11, 0))), np.arange(17)[None] >= 11
+    outputs = run(session, inputs(model, padded_1T, mask=mask_1S[:, :16].astype(np.int64)))
+    step = run(session, inputs(model, row_1T[:, 5:], as_past(outputs), mask_1S.astype(np.int64)))
+    np.testing.assert_allclose(step["logits"][0, 0], numpy_model(model).forward(row_1T)[0, -1], atol=1e-4)
+
+
 @pytest.mark.parametrize("keep", [1, 3, 16, 99])
 def test_the_last_logits_can_be_had_alone(keep: int, exact: bool) -> None:
     model, tokens_BT = random_model(activation_bits=None), random_tokens(2, 16)
