@@ -11,6 +11,7 @@ settings, whose fake quantization is fused (picoGPT's own is not), and draws fro
 Shapes: B batch, T time, C width, H heads, D head size, V vocabulary; K steps.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -28,9 +29,13 @@ from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.data import Tokens, batch_starts
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, requantize_per_tensor
-from picogpt_jax.torch_model import FAST_ACTIVATIONS
 
 INIT_STDDEV = 0.02
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def device_like(jax_backend: str) -> str:
@@ -83,7 +88,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = FAST_ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)

@@ -4,10 +4,15 @@ The weights stay int8 in memory. A matmul quantizes the activations that enter i
 by int8 with an exact int32 sum, and only then goes back to float32: y = int32 * activation_scale * weight_scale + bias.
 With `activation_bits=None` the activations stay float32.
 
-Two kernels compute that sum, with the same integers: `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product
-instructions but 40 times slower than float on those without, and a float32 product of the codes, converted in each call
-so that the model in memory stays int8. The latter is exact: codes are at most 127 in magnitude, so a sum over 1040
-features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs too) holds each of these.
+Three kernels compute that sum, with the same integers:
+
+- `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product instructions, but 40 times slower than float on those
+  without;
+- oneDNN's, on such CPUs for many tokens: the codes, laid out for it once more, are not reordered in each call, and the
+  sums come as float32 and times the weights' scales (`torch.ops.onednn`, where PyTorch's compiler finds it);
+- a float32 product of the codes, converted in each call so that the model in memory stays int8. It is exact: codes are
+  at most 127 in magnitude, so a sum over 1040 features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs
+  too) holds each of these.
 
 Shapes: N rows (tokens), I input features, O output features of a matmul.
 """
@@ -31,6 +36,7 @@ Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations 
 
 TIMED_CALLS = 10  # of each kernel, to find out which is the faster one
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
+PACKED_ROWS = 128  # from as many on `PackedCodes` is the faster kernel; for one row it is far slower than `_int_mm`
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +49,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         x: float32 [..., I]; overwritten, as fresh memory costs as much as the product.
 
     Returns:
-        int8 codes [..., I] and float32 scales [..., 1]; a token of zeros has scale 1 / 127.
+        int8 codes [..., I] and float32 scales [..., 1], positive also where a token's values are all zero.
     """
-    absmax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # no copy, as abs() makes
-    scale = torch.where(absmax < float(SMALLEST_ABSMAX), 1.0, absmax) * (1.0 / MAX_CODE)
+    absmax = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # no copy, as abs() makes
+    scale = absmax.clamp_(min=float(SMALLEST_ABSMAX)).mul_(1.0 / MAX_CODE)
     codes = x.mul_(scale.reciprocal()).round_()
     return codes.to(torch.int8), scale
 
@@ -104,39 +110,102 @@ def int_mm_is_fast_on_cpu() -> bool:
     return min(int_mm for int_mm, _ in times) < min(by_float for _, by_float in times)
 
 
+class PackedCodes:
+    """A matrix's codes as oneDNN's int8 kernel wants them, for the CPU.
+
+    Args:
+        w_OI: int8 codes.
+        scale: float32 [O], or [1]; what the integers are multiplied by.
+    """
+
+    def __init__(self, w_OI: Tensor, scale: Tensor) -> None:
+        self.codes = torch.ops.onednn.qlinear_prepack(w_OI, None)
+        self.scale, self.zero_points = scale, torch.zeros(len(scale), dtype=torch.int64)
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        """x w^T of int8 codes, summed exactly in int32, times the scale: float32 [N, O]."""
+        activations = (x_NI, 1.0, 0)  # their one scale and zero point
+        weights, result = (self.codes, self.scale, self.zero_points), (1.0, 0, torch.float32)
+        y_NO: Tensor = torch.ops.onednn.qlinear_pointwise(*activations, *weights, None, *result, "none", [], "")
+        return y_NO
+
+
+@functools.cache
+def packing_is_fast() -> bool:
+    """Whether `PackedCodes` gives the integers here, and `torch._int_mm`, which is oneDNN's too, is fast."""
+    if not int_mm_is_fast_on_cpu():
+        return False
+    x, w = (
+        torch.arange(rows * 256).view(rows, 256).mul(step).remainder(255).sub(127).to(torch.int8)
+        for rows, step in ((PACKED_ROWS, 7), (96, 11))
+    )
+    try:
+        return torch.equal(PackedCodes(w, torch.ones(1)).product(x), product_by_int_mm(x, w))
+    except (AttributeError, RuntimeError, TypeError):  # no oneDNN, or other arguments: PyTorch does not promise them
+        return False
+
+
 class Int8Matrix(nn.Module):
-    """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head)."""
+    """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head).
+
+    Args:
+        tensor: codes and scales.
+        bias: float32 [rows].
+        activation_bits: 8, or None for float32 activations.
+        exact: round between a token's and a weight's scale as JAX does; else in whichever order is fast.
+    """
 
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None) -> None:
+    def __init__(
+        self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None, exact: bool = True
+    ) -> None:
         super().__init__()
-        self.activation_bits = activation_bits
+        self.activation_bits, self.exact = activation_bits, exact
         self.register_buffer("codes", torch.tensor(tensor.codes))
         self.register_buffer("scale", torch.tensor(tensor.scale[:, 0]))  # [rows], or [1] for one in all
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
+        self.packed: PackedCodes | None = None
 
     def lookup(self, ids: Tensor) -> Tensor:
         """float32 [..., cols]: the rows `ids`, dequantized."""
+        if ids.numel() >= len(self.codes):  # each row once, not each time that it occurs
+            return F.embedding(ids, self.codes.float() * self.scale[:, None])
         scale = self.scale if len(self.scale) == 1 else self.scale[ids][..., None]
         return self.codes[ids].float() * scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., cols], which is overwritten, -> float32 [..., rows]."""
-        return self.product(self.operand(x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """float32 [..., cols], which is overwritten, -> float32 [..., rows]; `residual` as in `product`."""
+        return self.product(self.operand(x), residual)
 
     def operand(self, x: Tensor) -> Operand:
         """What is multiplied for `x`, float32 [..., cols], which is overwritten."""
         return (x,) if self.activation_bits is None else quantize_activations(x)
 
-    def product(self, operand: Operand, rows: slice = slice(None)) -> Tensor:
-        """float32 [..., rows]: an operand times some rows of the matrix."""
-        codes, scale = self.codes[rows], self.scale if len(self.scale) == 1 else self.scale[rows]
-        x_NI, *scale_N1 = (part.reshape(-1, part.shape[-1]) for part in operand)
-        y_NO = integer_product(x_NI, codes).mul_(*scale_N1) if scale_N1 else x_NI @ codes.float().T
-        y_NO.mul_(scale)
+    def product(self, operand: Operand, residual: Tensor | None = None) -> Tensor:
+        """float32 [..., rows]: an operand times the matrix, added to `residual` in place where there is one."""
+        x, *token_scale = operand
+        y = self._sums(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        if not self.exact and token_scale and self.bias is None and residual is not None:
+            return residual.addcmul_(y, *token_scale)
+        if token_scale:
+            y.mul_(*token_scale)
+        if self.exact:
+            y.mul_(self.scale)
         if self.bias is not None:
-            y_NO += self.bias[rows]
-        return y_NO.view(*operand[0].shape[:-1], -1)
+            y += self.bias
+        return y if residual is None else residual.add_(y)
+
+    def _sums(self, x_NI: Tensor) -> Tensor:
+        """float32 [N, rows]: the sums of the products; times the weights' scales, unless `exact`."""
+        if self.activation_bits is None:
+            y_NO = x_NI @ self.codes.float().T
+        elif len(x_NI) >= PACKED_ROWS and x_NI.device.type == "cpu" and packing_is_fast():
+            if self.packed is None:
+                self.packed = PackedCodes(self.codes, torch.ones(1) if self.exact else self.scale)
+            return self.packed.product(x_NI)
+        else:
+            y_NO = integer_product(x_NI, self.codes)
+        return y_NO if self.exact else y_NO.mul_(self.scale)

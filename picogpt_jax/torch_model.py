@@ -23,15 +23,15 @@ except ImportError as error:
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import Int8Model, is_int8_folder, load_int8_model
+from picogpt_jax.int8_model import Int8Model, Int8Tensor, is_int8_folder, load_int8_model
 from picogpt_jax.runtime import Overflow, check_generation, checked_data
 from picogpt_jax.torch_file import is_torch_checkpoint
 from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 from picogpt_jax.torch_linear import Int8Matrix
 
-# Computed at once on a CPU: the caches hold more of what lies between two operations, and the memory is used again. 32
-# sequences of 128 tokens take three quarters of the time.
-PART_TOKENS = 2048
+# What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
+# operations, and the memory is used again. In float64, 32 sequences of 128 tokens take three quarters of the time.
+PART_BYTES = 3 << 20
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -45,7 +45,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
-FAST_ACTIVATIONS = EXACT_ACTIVATIONS | {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_,  # in place: fresh memory takes longer than the function
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "relu": F.relu_,
+}
 
 
 class LayerNorm(nn.Module):
@@ -90,28 +94,27 @@ class Block(nn.Module):
         self.activation = activations[model.model.activation]
         name = f"transformer.h.{layer}"
         self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
-        self.c_attn, self.attn_proj = matrix(model, f"{name}.attn.c_attn"), matrix(model, f"{name}.attn.c_proj")
-        self.c_fc, self.mlp_proj = matrix(model, f"{name}.mlp.c_fc"), matrix(model, f"{name}.mlp.c_proj")
+        queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
+        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", dtype, rows) for rows in (queries, others))
+        self.attn_proj = matrix(model, f"{name}.attn.c_proj", dtype)
+        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}", dtype) for part in ("c_fc", "c_proj"))
 
     def forward(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
-        """`last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values."""
-        kept_BTC = x_BTC[:, -1:] if last_only else x_BTC
-        # in place: fresh memory costs as much as the sum
-        x_BTC = self.attend(self.ln_1(x_BTC), cache, last_only).add_(kept_BTC)
-        return self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC)))).add_(x_BTC)
+        """Overwrites `x_BTC`, as fresh memory costs as much as a sum.
+
+        `last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values.
+        """
+        y_BTC = self.attend(self.ln_1(x_BTC), cache, last_only)
+        x_BTC = self.attn_proj(y_BTC, x_BTC[:, -1:] if last_only else x_BTC)
+        return self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC))), x_BTC)
 
     def attend(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
-        """Causal self-attention; the queries are the last T of the S positions seen so far."""
-        width, operand = x_BTC.shape[2], self.c_attn.operand(x_BTC)
-        # One after the other: the results of a smaller product stay in the cache.
+        """The heads' values by causal self-attention; the queries are the last T of the S positions seen so far."""
+        operand = self.query.operand(x_BTC)
+        q_BTC = self.query.product(tuple(part[:, -1:] for part in operand) if last_only else operand)
+        kv_BSC2 = self.key_value.product(operand)
         q_BHTD, k_BHSD, v_BHSD = (
-            self.c_attn.product(
-                tuple(value[:, -1:] for value in operand) if last_only and part == 0 else operand,
-                slice(part * width, (part + 1) * width),
-            )
-            .unflatten(2, (self.n_head, -1))
-            .transpose(1, 2)
-            for part in range(3)
+            heads.unflatten(2, (self.n_head, -1)).transpose(1, 2) for heads in (q_BTC, *kv_BSC2.chunk(2, dim=2))
         )
         if cache is not None:
             k_BHSD, v_BHSD = cache.extend(self.layer, k_BHSD, v_BHSD)
@@ -122,12 +125,15 @@ class Block(nn.Module):
             visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=x_BTC.device).tril(keys - queries)
         q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
-        return self.attn_proj(y_BHTD.float().transpose(1, 2).flatten(2))
+        return y_BHTD.float().transpose(1, 2).flatten(2)
 
 
-def matrix(model: Int8Model, name: str) -> Int8Matrix:
-    """The matrix `name` (without `.weight`) with its bias, if it has one."""
-    return Int8Matrix(model.matrices[name], model.vectors.get(f"{name}.bias"), model.quantization.activation_bits)
+def matrix(model: Int8Model, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Int8Matrix:
+    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it; exact in float64."""
+    matrix, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
+    tensor = Int8Tensor(matrix.codes[rows], matrix.scale if len(matrix.scale) == 1 else matrix.scale[rows])
+    activation_bits = model.quantization.activation_bits
+    return Int8Matrix(tensor, None if bias is None else bias[rows], activation_bits, exact=dtype == torch.float64)
 
 
 def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
@@ -150,7 +156,7 @@ class Int8GPT(nn.Module):
         super().__init__()
         dtype = torch.float64 if exact else torch.float32
         self.config = model.model
-        self.wte, self.wpe = matrix(model, "transformer.wte"), matrix(model, "transformer.wpe")
+        self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
         self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
 
@@ -184,9 +190,9 @@ class Int8GPT(nn.Module):
             ValueError: the positions do not fit into `block_size`.
         """
         batch, queries = tokens_BT.shape
-        if cache is None and tokens_BT.device.type == "cpu" and batch > 1 and tokens_BT.numel() > PART_TOKENS:
-            parts = tokens_BT.split(max(PART_TOKENS // queries, 1))
-            return torch.cat([self(part, last_only=last_only) for part in parts])
+        rows = max(PART_BYTES // (queries * self.config.n_embd * self.ln_f.weight.itemsize), 1)
+        if cache is None and tokens_BT.device.type == "cpu" and batch > rows:
+            return torch.cat([self(part, last_only=last_only) for part in tokens_BT.split(rows)])
         first = 0 if cache is None else cache.length
         end = first + queries
         if end > self.config.block_size:

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from picogpt_jax import torch_linear
+from picogpt_jax.int8_model import SMALLEST_ABSMAX, Int8Tensor
 from picogpt_jax.torch_linear import (
     EXACT_FEATURES,
+    PACKED_ROWS,
+    Int8Matrix,
+    PackedCodes,
     _aligned,
     integer_product,
+    packing_is_fast,
     product_by_float,
     product_by_int_mm,
     quantize_activations,
@@ -29,6 +35,58 @@ def test_every_kernel_gives_the_same_integers(rows: int, features: int, outputs:
     assert torch.equal(product_by_int_mm(x, w), expected)
     assert torch.equal(product_by_int_mm(*_aligned(x, w))[:rows, :outputs], expected)
     assert torch.equal(integer_product(x, w), expected)
+
+
+@pytest.mark.parametrize("features", [33, 192, 4096])
+@pytest.mark.parametrize("largest", [False, True])
+def test_packed_codes_give_the_same_integers(features: int, largest: bool) -> None:
+    if not packing_is_fast():
+        pytest.skip("for processors with int8 dot products, where oneDNN's kernel is exact and used")
+    x, w = random_codes(PACKED_ROWS, features, 1), random_codes(65, features, 2)
+    if largest:
+        x[:], w[:] = 127, -127
+    scale = torch.linspace(0.5, 2, 65)
+    sums = (x.int() @ w.int().T).float()
+    assert torch.equal(PackedCodes(w, torch.ones(1)).product(x), sums)
+    assert torch.equal(PackedCodes(w, scale).product(x), sums * scale)
+
+
+def test_without_onednn_codes_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object) -> None:
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
+
+    monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
+    monkeypatch.setattr(torch_linear, "PackedCodes", missing)
+    packing_is_fast.cache_clear()
+    assert not packing_is_fast()
+    packing_is_fast.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [3, PACKED_ROWS])
+@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("n_scales", [1, 48])
+def test_both_orders_of_the_scales_agree(
+    rows: int, activation_bits: int | None, with_bias: bool, n_scales: int
+) -> None:
+    generator = np.random.default_rng(0)
+    codes, scale = random_codes(48, 32).numpy(), generator.uniform(0.001, 0.01, (n_scales, 1)).astype(np.float32)
+    bias = generator.normal(size=48).astype(np.float32) if with_bias else None
+    x, residual = torch.randn(2, rows, 32), torch.randn(2, rows, 48)
+    exact, fast = (Int8Matrix(Int8Tensor(codes, scale), bias, activation_bits, exact=exact) for exact in (True, False))
+    expected = exact(x.clone())
+    torch.testing.assert_close(fast(x.clone()), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(exact(x.clone(), residual.clone()), expected + residual, atol=0, rtol=0)
+    torch.testing.assert_close(fast(x.clone(), residual.clone()), expected + residual, atol=1e-5, rtol=1e-6)
+
+
+def test_a_row_looked_up_often_is_dequantized_as_if_once() -> None:
+    scale = torch.linspace(0.01, 0.02, 5)[:, None].numpy()
+    table = Int8Matrix(Int8Tensor(random_codes(5, 8).numpy(), scale), None, None)
+    ids = torch.tensor([[4, 0, 0], [1, 2, 2]])
+    expected = table.codes.float() * table.scale[:, None]
+    assert torch.equal(table.lookup(ids), expected[ids])
+    assert torch.equal(table.lookup(ids[:, :1]), expected[ids[:, :1]])
 
 
 @pytest.mark.parametrize("features", [EXACT_FEATURES, EXACT_FEATURES + 1, 4096])
@@ -58,5 +116,6 @@ def test_activations_are_rounded_half_to_even_on_the_grid_of_their_token() -> No
     assert codes[0].tolist() == [127, 0, 2, -2]
     assert codes[1].tolist() == codes[3].tolist() == [0, 0, 0, 0]
     assert codes[2].tolist() == [-127, 42, 85, 127]
-    expected = [np.float32(absmax) * np.float32(1 / 127) for absmax in (127, 1, 3, 1)]
+    expected = [np.float32(absmax) * np.float32(1 / 127) for absmax in (127, SMALLEST_ABSMAX, 3, SMALLEST_ABSMAX)]
     assert scale[:, 0].tolist() == [float(value) for value in expected]
+    assert scale.reciprocal().isfinite().all()

@@ -114,7 +114,7 @@ def test_the_model_in_memory_is_int8_and_the_head_is_tied() -> None:
     assert not list(model.parameters())
     names = [name for name, buffer in model.named_buffers() if buffer.ndim == 2]
     assert {buffer.dtype for name, buffer in model.named_buffers() if name in names} == {torch.int8}
-    assert len(names) == 2 * 4 + 2  # no matrix of its own for the head
+    assert len(names) == 2 * 5 + 2  # the queries' rows of c_attn and the others; no matrix of its own for the head
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
@@ -143,7 +143,7 @@ def test_the_last_logits_alone_are_the_last_of_all(pieces: list[int], bias: bool
 def test_a_large_batch_is_computed_in_parts(part_tokens: int, last_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = Int8GPT(random_model()), random_tokens(5, 16)
     whole = model(tokens, last_only=last_only)
-    monkeypatch.setattr(torch_model, "PART_TOKENS", part_tokens)
+    monkeypatch.setattr(torch_model, "PART_BYTES", part_tokens * model.config.n_embd * 8)  # exact: float64
     sizes: list[int] = []
     model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     torch.testing.assert_close(model(tokens, last_only=last_only), whole, atol=1e-5, rtol=0)
