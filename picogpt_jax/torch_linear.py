@@ -176,9 +176,11 @@ class Int8Matrix(nn.Module):
         scale = self.scale if len(self.scale) == 1 else self.scale[ids][..., None]
         return self.codes[ids].float() * scale
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 [..., cols], which is overwritten, -> float32 [..., rows]; `residual` as in `product`."""
-        return self.product(self.operand(x), residual)
+        operand = self.operand(x)
+        del x  # where nobody else holds it, the result takes its place in memory, and in the cache
+        return self.product(operand, residual)
 
     def operand(self, x: Tensor) -> Operand:
         """What is multiplied for `x`, float32 [..., cols], which is overwritten."""

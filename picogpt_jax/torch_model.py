@@ -104,13 +104,14 @@ class Block(nn.Module):
 
         `last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values.
         """
-        y_BTC = self.attend(self.ln_1(x_BTC), cache, last_only)
-        x_BTC = self.attn_proj(y_BTC, x_BTC[:, -1:] if last_only else x_BTC)
-        return self.mlp_proj(self.activation(self.c_fc(self.ln_2(x_BTC))), x_BTC)
+        kept_BTC = x_BTC[:, -1:] if last_only else x_BTC
+        x_BTC = self.attn_proj.multiply(self.attend(self.ln_1(x_BTC), cache, last_only), kept_BTC)
+        return self.mlp_proj.multiply(self.activation(self.c_fc.multiply(self.ln_2(x_BTC))), x_BTC)
 
     def attend(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
         """The heads' values by causal self-attention; the queries are the last T of the S positions seen so far."""
         operand = self.query.operand(x_BTC)
+        del x_BTC  # as in `Int8Matrix.multiply`
         q_BTC = self.query.product(tuple(part[:, -1:] for part in operand) if last_only else operand)
         kv_BSC2 = self.key_value.product(operand)
         q_BHTD, k_BHSD, v_BHSD = (
@@ -122,7 +123,7 @@ class Block(nn.Module):
         keys = k_BHSD.shape[2]
         visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
         if 1 < queries < keys:
-            visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=x_BTC.device).tril(keys - queries)
+            visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTD.device).tril(keys - queries)
         q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
         return y_BHTD.float().transpose(1, 2).flatten(2)
@@ -197,12 +198,12 @@ class Int8GPT(nn.Module):
         end = first + queries
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
-        x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device))
+        x_BTC = self.wte.lookup(tokens_BT).add_(self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device)))
         for layer, block in enumerate(self.h):
             x_BTC = block(x_BTC, cache, last_only and layer == len(self.h) - 1)
         if cache is not None:
             cache.length = end
-        return self.wte(self.ln_f(x_BTC))
+        return self.wte.multiply(self.ln_f(x_BTC))
 
     @torch.no_grad()
     def generate(

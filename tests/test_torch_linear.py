@@ -74,10 +74,10 @@ def test_both_orders_of_the_scales_agree(
     bias = generator.normal(size=48).astype(np.float32) if with_bias else None
     x, residual = torch.randn(2, rows, 32), torch.randn(2, rows, 48)
     exact, fast = (Int8Matrix(Int8Tensor(codes, scale), bias, activation_bits, exact=exact) for exact in (True, False))
-    expected = exact(x.clone())
-    torch.testing.assert_close(fast(x.clone()), expected, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(exact(x.clone(), residual.clone()), expected + residual, atol=0, rtol=0)
-    torch.testing.assert_close(fast(x.clone(), residual.clone()), expected + residual, atol=1e-5, rtol=1e-6)
+    expected = exact.multiply(x.clone())
+    torch.testing.assert_close(fast.multiply(x.clone()), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(exact.multiply(x.clone(), residual.clone()), expected + residual, atol=0, rtol=0)
+    torch.testing.assert_close(fast.multiply(x.clone(), residual.clone()), expected + residual, atol=1e-5, rtol=1e-6)
 
 
 def test_a_row_looked_up_often_is_dequantized_as_if_once() -> None:

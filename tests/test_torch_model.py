@@ -145,7 +145,7 @@ def test_a_large_batch_is_computed_in_parts(part_tokens: int, last_only: bool, m
     whole = model(tokens, last_only=last_only)
     monkeypatch.setattr(torch_model, "PART_BYTES", part_tokens * model.config.n_embd * 8)  # exact: float64
     sizes: list[int] = []
-    model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    model.ln_f.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     torch.testing.assert_close(model(tokens, last_only=last_only), whole, atol=1e-5, rtol=0)
     assert sizes == ([2, 2, 1] if part_tokens == 40 else [1] * 5)
 
