@@ -8,8 +8,9 @@ Three kernels compute that sum, with the same integers:
 
 - `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product instructions, but 40 times slower than float on those
   without;
-- oneDNN's, on such CPUs for many tokens: the codes, laid out for it once more, are not reordered in each call, and the
-  sums come as float32 and times the weights' scales (`torch.ops.onednn`, where PyTorch's compiler finds it);
+- oneDNN's, on CPUs with AMX for many tokens: the codes, held once more as that kernel wants them, are not reordered in
+  each call, and the sums come as float32 and times the weights' scales (`torch.ops.onednn`, as PyTorch's compiler calls
+  it). Without AMX oneDNN has but its reference for such a product, a thousand times as slow;
 - a float32 product of the codes, converted in each call so that the model in memory stays int8. It is exact: codes are
   at most 127 in magnitude, so a sum over 1040 features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs
   too) holds each of these.
@@ -20,6 +21,7 @@ Shapes: N rows (tokens), I input features, O output features of a matmul.
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations 
 
 TIMED_CALLS = 10  # of each kernel, to find out which is the faster one
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
-PACKED_ROWS = 128  # from as many on `PackedCodes` is the faster kernel; for one row it is far slower than `_int_mm`
+PACKED_ROWS = 256  # from as many on `PackedCodes` is faster, for narrow matrices too; for one row it is far slower
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,10 +51,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         x: float32 [..., I]; overwritten, as fresh memory costs as much as the product.
 
     Returns:
-        int8 codes [..., I] and float32 scales [..., 1], positive also where a token's values are all zero.
+        int8 codes [..., I] and float32 scales [..., 1]; a token of zeros has scale 1 / 127.
     """
     absmax = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # no copy, as abs() makes
-    scale = absmax.clamp_(min=float(SMALLEST_ABSMAX)).mul_(1.0 / MAX_CODE)
+    scale = absmax.masked_fill_(absmax < float(SMALLEST_ABSMAX), 1.0).mul_(1.0 / MAX_CODE)
     codes = x.mul_(scale.reciprocal()).round_()
     return codes.to(torch.int8), scale
 
@@ -96,18 +98,29 @@ def _aligned(x_NI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
 def int_mm_is_fast_on_cpu() -> bool:
     """Times both kernels, in milliseconds: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
 
-    Only the speed depends on the answer, since both give the same integers.
+    And whether its integers are right: where a CPU adds up in 16 bits, the largest codes would not fit.
     """
-    x, w = torch.ones(64, 256, dtype=torch.int8), torch.ones(256, 256, dtype=torch.int8)
+    x, w = _largest_codes(64, 256), _largest_codes(256, 256)
+    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w), lambda: product_by_float(x, w))
+    return int_mm < by_float and torch.equal(product_by_int_mm(x, w), product_by_float(x, w))
 
-    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        start = time.perf_counter()
-        product(x, w)
-        return time.perf_counter() - start
 
-    # In turn, and the best of each: the first calls set the kernels up, and others may be interrupted.
-    times = [(seconds(product_by_int_mm), seconds(product_by_float)) for _ in range(TIMED_CALLS)]
-    return min(int_mm for int_mm, _ in times) < min(by_float for _, by_float in times)
+def best_seconds(*products: Callable[[], object], calls: int = TIMED_CALLS) -> list[float]:
+    """The shortest time of each, in turn: the first calls set the kernels up, and others may be interrupted."""
+    times: list[list[float]] = [[] for _ in products]
+    for _ in range(calls):
+        for product, seconds in zip(products, times, strict=True):
+            start = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - start)
+    return [min(seconds) for seconds in times]
+
+
+def _largest_codes(rows: int, cols: int) -> Tensor:
+    """int8 [rows, cols]: 127, in every other row -127."""
+    return torch.full((rows, cols), MAX_CODE, dtype=torch.int8).mul_(
+        1 - 2 * (torch.arange(rows, dtype=torch.int8) % 2)[:, None]
+    )
 
 
 class PackedCodes:
@@ -132,21 +145,26 @@ class PackedCodes:
 
 @functools.cache
 def packing_is_fast() -> bool:
-    """Whether `PackedCodes` gives the integers here, and `torch._int_mm`, which is oneDNN's too, is fast."""
-    if not int_mm_is_fast_on_cpu():
-        return False
-    x, w = (
-        torch.arange(rows * 256).view(rows, 256).mul(step).remainder(255).sub(127).to(torch.int8)
-        for rows, step in ((PACKED_ROWS, 7), (96, 11))
-    )
+    """Whether `PackedCodes` gives the right integers here, faster than `torch._int_mm`; timed, in milliseconds."""
+    # A small product first: a reference kernel would take seconds for a large one.
+    return int_mm_is_fast_on_cpu() and _packing_gains(64, at_least=0.1) and _packing_gains(256, at_least=1.0)
+
+
+def _packing_gains(features: int, at_least: float) -> bool:
+    """Whether `PackedCodes` is right for as many features and outputs, and `at_least` so many times as fast."""
+    x, w = _largest_codes(2 * PACKED_ROWS, features), _largest_codes(features, features)
     try:
-        return torch.equal(PackedCodes(w, torch.ones(1)).product(x), product_by_int_mm(x, w))
+        packed = PackedCodes(w, torch.ones(1))
+        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w), lambda: packed.product(x), calls=3)
+        return int_mm > at_least * by_packed and torch.equal(packed.product(x), product_by_float(x, w))
     except (AttributeError, RuntimeError, TypeError):  # no oneDNN, or other arguments: PyTorch does not promise them
         return False
 
 
 class Int8Matrix(nn.Module):
     """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head).
+
+    It is not called, but `multiply` and `lookup` are.
 
     Args:
         tensor: codes and scales.
@@ -169,12 +187,23 @@ class Int8Matrix(nn.Module):
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
         self.packed: PackedCodes | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"packed": None}  # a tensor of oneDNN's can be neither copied nor pickled
+
     def lookup(self, ids: Tensor) -> Tensor:
         """float32 [..., cols]: the rows `ids`, dequantized."""
+        scale = self.scale[:, None]
         if ids.numel() >= len(self.codes):  # each row once, not each time that it occurs
-            return F.embedding(ids, self.codes.float() * self.scale[:, None])
-        scale = self.scale if len(self.scale) == 1 else self.scale[ids][..., None]
-        return self.codes[ids].float() * scale
+            return F.embedding(ids, self.codes.float() * scale)
+        return F.embedding(ids, self.codes).float() * (scale if len(scale) == 1 else F.embedding(ids, scale))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Int8Matrix":  # as `to` does
+        self.packed = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def multiply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 [..., cols], which is overwritten, -> float32 [..., rows]; `residual` as in `product`."""

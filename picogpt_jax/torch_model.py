@@ -44,10 +44,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x.double(), approximate="tanh").float()
 
 
+def fast_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """PyTorch's own, in place: fresh memory takes longer than the function."""
+    y: Tensor = torch.ops.aten.gelu_(x, approximate=approximate)
+    return y
+
+
 EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
 FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_,  # in place: fresh memory takes longer than the function
-    "gelu_tanh": functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "gelu": fast_gelu,
+    "gelu_tanh": functools.partial(fast_gelu, approximate="tanh"),
     "relu": F.relu_,
 }
 
@@ -146,8 +152,11 @@ def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
+    On a CPU the matrices may be held twice, as int8 both times (`picogpt_jax.torch_linear.PackedCodes`).
+
     Args:
-        exact: LayerNorm and attention in float64, as JAX computes them; else PyTorch's own in float32.
+        exact: LayerNorm and attention in float64, and the scales in the order in which JAX multiplies by them; else
+            float32 and whichever order is fast.
 
     Attributes:
         config: the architecture.
@@ -191,9 +200,10 @@ class Int8GPT(nn.Module):
             ValueError: the positions do not fit into `block_size`.
         """
         batch, queries = tokens_BT.shape
-        rows = max(PART_BYTES // (queries * self.config.n_embd * self.ln_f.weight.itemsize), 1)
-        if cache is None and tokens_BT.device.type == "cpu" and batch > rows:
-            return torch.cat([self(part, last_only=last_only) for part in tokens_BT.split(rows)])
+        sequence_bytes = queries * self.config.n_embd * self.ln_f.weight.itemsize
+        if cache is None and tokens_BT.device.type == "cpu" and batch > 1 and batch * sequence_bytes > PART_BYTES:
+            parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
+            return torch.cat([self(part, last_only=last_only) for part in parts])
         first = 0 if cache is None else cache.length
         end = first + queries
         if end > self.config.block_size:

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from picogpt_jax import torch_linear
-from picogpt_jax.int8_model import SMALLEST_ABSMAX, Int8Tensor
+from picogpt_jax.int8_model import Int8Tensor
 from picogpt_jax.torch_linear import (
     EXACT_FEATURES,
     PACKED_ROWS,
     Int8Matrix,
     PackedCodes,
     _aligned,
+    int_mm_is_fast_on_cpu,
     integer_product,
     packing_is_fast,
     product_by_float,
@@ -41,7 +42,7 @@ def test_every_kernel_gives_the_same_integers(rows: int, features: int, outputs:
 @pytest.mark.parametrize("largest", [False, True])
 def test_packed_codes_give_the_same_integers(features: int, largest: bool) -> None:
     if not packing_is_fast():
-        pytest.skip("for processors with int8 dot products, where oneDNN's kernel is exact and used")
+        pytest.skip("for processors with AMX, where this kernel is used")
     x, w = random_codes(PACKED_ROWS, features, 1), random_codes(65, features, 2)
     if largest:
         x[:], w[:] = 127, -127
@@ -51,15 +52,84 @@ def test_packed_codes_give_the_same_integers(features: int, largest: bool) -> No
     assert torch.equal(PackedCodes(w, scale).product(x), sums * scale)
 
 
-def test_without_onednn_codes_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*args: object) -> None:
+class Packing:
+    """In place of `PackedCodes`; `seconds` where `torch._int_mm` takes one."""
+
+    seconds = 0.5
+
+    def __init__(self, w_OI: torch.Tensor, scale: torch.Tensor) -> None:
+        self.w_OI = w_OI
+
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return product_by_float(x_NI, self.w_OI)
+
+
+class Missing(Packing):
+    def __init__(self, w_OI: torch.Tensor, scale: torch.Tensor) -> None:
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
 
+
+class Wrong(Packing):
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return super().product(x_NI) + 1
+
+
+class Slow(Packing):
+    seconds = 1.5
+
+
+class Reference(Packing):
+    seconds = 1000.0
+
+    def __init__(self, w_OI: torch.Tensor, scale: torch.Tensor) -> None:
+        assert len(w_OI) <= 64, "only a small product is tried"
+        super().__init__(w_OI, scale)
+
+
+@pytest.mark.parametrize(
+    ("packing", "expected"), [(Packing, True), (Missing, False), (Wrong, False), (Slow, False), (Reference, False)]
+)
+def test_codes_are_packed_where_that_is_right_and_fast(
+    packing: type[Packing], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
-    monkeypatch.setattr(torch_linear, "PackedCodes", missing)
-    packing_is_fast.cache_clear()
-    assert not packing_is_fast()
-    packing_is_fast.cache_clear()
+    monkeypatch.setattr(torch_linear, "PackedCodes", packing)
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products, calls: [1.0, packing.seconds])
+    assert packing_is_fast.__wrapped__() is expected
+
+
+def test_a_kernel_with_wrong_integers_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [0.5, 1.0])
+    assert int_mm_is_fast_on_cpu.__wrapped__()
+    monkeypatch.setattr(torch_linear, "product_by_int_mm", lambda x, w: torch.zeros(len(x), len(w)))
+    assert not int_mm_is_fast_on_cpu.__wrapped__()
+
+
+@pytest.mark.parametrize("n_scales", [1, 48])
+@pytest.mark.parametrize("rows", [3, PACKED_ROWS])
+def test_exact_is_the_order_in_which_jax_rounds(rows: int, n_scales: int) -> None:
+    scale = np.random.default_rng(0).uniform(0.001, 0.01, (n_scales, 1)).astype(np.float32)
+    matrix = Int8Matrix(Int8Tensor(random_codes(48, 32).numpy(), scale), None, 8)
+    x, residual = torch.randn(rows, 32), torch.randn(rows, 48)
+    codes, token_scale = quantize_activations(x.clone())
+    expected = (codes.int() @ matrix.codes.int().T).float() * token_scale * matrix.scale
+    assert torch.equal(matrix.multiply(x.clone()), expected)
+    before = residual.clone()
+    assert torch.equal(matrix.multiply(x, residual), before + expected)
+    assert torch.equal(residual, before + expected), "in place"
+    assert (matrix.packed is not None) is (rows >= PACKED_ROWS and packing_is_fast())
+
+
+def test_codes_that_change_are_packed_anew() -> None:
+    first, second = (
+        Int8Matrix(Int8Tensor(random_codes(48, 32, seed).numpy(), np.float32([[1]])), None, 8) for seed in (1, 2)
+    )
+    x = torch.randn(PACKED_ROWS, 32)
+    first.multiply(x.clone())
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first.multiply(x.clone()), second.multiply(x.clone()))
+    first.to("cpu")
+    assert first.packed is None
 
 
 @pytest.mark.parametrize("rows", [3, PACKED_ROWS])
@@ -76,8 +146,10 @@ def test_both_orders_of_the_scales_agree(
     exact, fast = (Int8Matrix(Int8Tensor(codes, scale), bias, activation_bits, exact=exact) for exact in (True, False))
     expected = exact.multiply(x.clone())
     torch.testing.assert_close(fast.multiply(x.clone()), expected, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(exact.multiply(x.clone(), residual.clone()), expected + residual, atol=0, rtol=0)
-    torch.testing.assert_close(fast.multiply(x.clone(), residual.clone()), expected + residual, atol=1e-5, rtol=1e-6)
+    assert torch.equal(exact.multiply(x.clone(), residual.clone()), expected + residual)
+    before = residual.clone()
+    torch.testing.assert_close(fast.multiply(x.clone(), residual), expected + before, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(residual, expected + before, atol=1e-5, rtol=1e-6, msg="not in place")
 
 
 def test_a_row_looked_up_often_is_dequantized_as_if_once() -> None:
@@ -87,6 +159,9 @@ def test_a_row_looked_up_often_is_dequantized_as_if_once() -> None:
     expected = table.codes.float() * table.scale[:, None]
     assert torch.equal(table.lookup(ids), expected[ids])
     assert torch.equal(table.lookup(ids[:, :1]), expected[ids[:, :1]])
+    for outside in (ids - 1, ids[:1, :1] - 5):
+        with pytest.raises(IndexError):
+            table.lookup(outside)
 
 
 @pytest.mark.parametrize("features", [EXACT_FEATURES, EXACT_FEATURES + 1, 4096])
@@ -116,6 +191,5 @@ def test_activations_are_rounded_half_to_even_on_the_grid_of_their_token() -> No
     assert codes[0].tolist() == [127, 0, 2, -2]
     assert codes[1].tolist() == codes[3].tolist() == [0, 0, 0, 0]
     assert codes[2].tolist() == [-127, 42, 85, 127]
-    expected = [np.float32(absmax) * np.float32(1 / 127) for absmax in (127, SMALLEST_ABSMAX, 3, SMALLEST_ABSMAX)]
+    expected = [np.float32(absmax) * np.float32(1 / 127) for absmax in (127, 1, 3, 1)]
     assert scale[:, 0].tolist() == [float(value) for value in expected]
-    assert scale.reciprocal().isfinite().all()

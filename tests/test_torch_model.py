@@ -1,7 +1,9 @@
 """The PyTorch runtime: its numerics against DESIGN section 3 in numpy, generation and evaluation."""
 
+import copy
 import dataclasses
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from picogpt_jax import torch_model
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, Int8Tensor, save_int8_model
 from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
+from picogpt_jax.torch_linear import PACKED_ROWS, Int8Matrix
 from picogpt_jax.torch_model import Int8GPT, KVCache, sample
 
 
@@ -136,6 +139,15 @@ def test_the_last_logits_alone_are_the_last_of_all(pieces: list[int], bias: bool
         torch.testing.assert_close(last[:, 0], whole[:, cache.length - 1], atol=1e-5, rtol=0)
     if len(pieces) == 1:
         assert torch.equal(model(tokens, last_only=True), last)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_model_that_was_used_can_be_copied_and_pickled(exact: bool) -> None:
+    model, tokens = Int8GPT(random_model(), exact), random_tokens(PACKED_ROWS // 16 + 1, 16)
+    assert {module.exact for module in model.modules() if isinstance(module, Int8Matrix)} == {exact}
+    logits = model(tokens)
+    assert torch.equal(copy.deepcopy(model)(tokens), logits)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), logits)
 
 
 @pytest.mark.parametrize("last_only", [False, True])
