@@ -137,8 +137,8 @@ class Block(nn.Module):
 
 def matrix(model: Int8Model, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Int8Matrix:
     """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it; exact in float64."""
-    matrix, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
-    tensor = Int8Tensor(matrix.codes[rows], matrix.scale if len(matrix.scale) == 1 else matrix.scale[rows])
+    whole, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
+    tensor = Int8Tensor(whole.codes[rows], whole.scale if len(whole.scale) == 1 else whole.scale[rows])
     activation_bits = model.quantization.activation_bits
     return Int8Matrix(tensor, None if bias is None else bias[rows], activation_bits, exact=dtype == torch.float64)
 
