@@ -26,7 +26,7 @@ def _check(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture: a GPT-2/nanoGPT pre-LayerNorm decoder (DESIGN section 3)."""
+    """The architecture: a GPT-2/nanoGPT pre-LayerNorm decoder."""
 
     n_layer: int
     n_head: int

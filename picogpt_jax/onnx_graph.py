@@ -24,6 +24,7 @@ Runtime computes once, when it loads the model.
 Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
 """
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -261,11 +262,24 @@ class GraphBuilder:
             self.zero_points = self.kept(self.zero_points, 1, first_kept)
         x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
         hidden = self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        if self.config.activation == "relu":
-            hidden = self.add("Relu", hidden)
-        else:
-            hidden = self.add("Gelu", hidden, approximate="none" if self.config.activation == "gelu" else "tanh")
+        hidden = self.activation(hidden)
         return self.add("Add", x_BTC, self.matmul(hidden, f"{name}.mlp.c_proj"))
+
+    def activation(self, x: str) -> str:
+        """What stands between the two products of the multilayer perceptron."""
+        if self.config.activation == "relu":
+            return self.add("Relu", x)
+        if self.config.activation == "gelu":
+            return self.add("Gelu", x)  # ONNX Runtime has no error function in float64
+        if not self.exact:
+            return self.add("Gelu", x, approximate="tanh")
+        # x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+        x = self.cast(x, TensorProto.DOUBLE)
+        linear = np.float64(-2 * math.sqrt(2 / math.pi))
+        slope = self.add("Mul", self.add("Mul", x, x), self.constant("gelu_cubic", 0.044715 * linear))
+        exponent = self.add("Mul", x, self.add("Add", slope, self.constant("gelu_linear", linear)))
+        y = self.add("Div", x, self.add("Add", self.add("Exp", exponent), self.constant("one_float64", np.float64(1))))
+        return self.cast(y, TensorProto.FLOAT)
 
     def attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """Self-attention without its output projection, [B, T, C]; keys and values follow those of the past."""
@@ -308,7 +322,9 @@ class GraphBuilder:
         q_BHTD = self.kept(q_BHTD, 2, first_kept)
         k_BHDS = self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2])  # in float32, which is less to move
         q_BHTD, k_BHDS, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHDS, v_BHSD))
-        q_BHTD = self.add("Mul", q_BHTD, self.constant("score_scale", np.float64(config.head_size**-0.5)))
+        # A vector: a scalar would be fused into the product as a float32 number.
+        score_scale = self.constant("score_scale", np.full(config.head_size, config.head_size**-0.5))
+        q_BHTD = self.add("Mul", q_BHTD, score_scale)
         # ONNX Runtime up to 1.25 fuses a product with a transposition, and then lacks the kernel for float64: a Reshape
         # that changes nothing keeps them apart.
         k_BHDS = self.add("Reshape", k_BHDS, self.integers(0, 0, 0, -1))

@@ -32,7 +32,7 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def grid(x: np.ndarray, granularity: Granularity) -> tuple[np.ndarray, np.ndarray]:
-    """DESIGN section 3, in NumPy: (codes int8, scale float64)."""
+    """The definition, in NumPy: (codes int8, scale float64)."""
     axes = None if granularity == "per_tensor" else -1
     absmax = np.abs(x.astype(np.float64)).max(axes, keepdims=True)
     scale = np.where(absmax == 0, 1.0, absmax / 127)

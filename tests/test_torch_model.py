@@ -1,4 +1,4 @@
-"""The PyTorch runtime: its numerics against DESIGN section 3 in numpy, generation and evaluation."""
+"""The PyTorch runtime: its numerics against their definition in numpy, generation and evaluation."""
 
 import copy
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_int8_model import random_model
+from test_numpy_model import BIT_FOR_BIT, numpy_model
 
 from picogpt_jax import torch_model
 from picogpt_jax.errors import UserError
@@ -101,6 +102,12 @@ def test_the_logits_are_those_of_the_definition(variant: dict[str, Any], exact: 
     errors_BT = np.abs(logits - expected).max(-1)
     assert np.median(errors_BT) < 1e-5
     assert errors_BT.max() < 0.5
+
+
+@pytest.mark.parametrize("variant", BIT_FOR_BIT, ids=str)
+def test_the_logits_are_the_references_bit_for_bit(variant: dict[str, Any]) -> None:
+    model, tokens = random_model(**variant), random_tokens(64, 16)
+    np.testing.assert_array_equal(Int8GPT(model)(tokens).numpy(), numpy_model(model).forward(tokens.numpy()))
 
 
 def test_quantizing_the_activations_matters() -> None:
