@@ -49,8 +49,12 @@ def wants_unsigned_int8() -> bool:
 
     AVX-512 VNNI has instructions for the former only, AMX for both.
     """
-    flags = cpu()[1]
-    return "avx512_vnni" in flags and "amx_int8" not in flags
+    return "avx512_vnni" in cpu()[1] and not has_amx_int8()
+
+
+def has_amx_int8() -> bool:
+    """Whether the processor is known to have instructions for products of int8 matrices on x86 (AMX)."""
+    return "amx_int8" in cpu()[1]
 
 
 def has_bfloat16() -> bool:

@@ -32,11 +32,12 @@ try:
 except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
+from picogpt_jax.cpu import has_amx_int8
 from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Tensor
 
 Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations alone
 
-TIMED_CALLS = 10  # of each kernel, to find out which is the faster one
+TRIAL_SECONDS = 0.02  # of each kernel, to find out which is the faster one: longer than a core is taken by others
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
 PACKED_ROWS = 256  # from as many on `PackedCodes` is faster, for narrow matrices too; for one row it is far slower
 
@@ -101,19 +102,18 @@ def int_mm_is_fast_on_cpu() -> bool:
     And whether its integers are right: where a CPU adds up in 16 bits, the largest codes would not fit.
     """
     x, w = _trial_codes(64, 256), _trial_codes(256, 256)
-    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w), lambda: product_by_float(x, w))
+    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w)), best_seconds(lambda: product_by_float(x, w))
     return int_mm < by_float and torch.equal(product_by_int_mm(x, w), product_by_float(x, w))
 
 
-def best_seconds(*products: Callable[[], object], calls: int = TIMED_CALLS) -> list[float]:
-    """The shortest time of each, in turn: the first calls set the kernels up, and others may be interrupted."""
-    times: list[list[float]] = [[] for _ in products]
-    for _ in range(calls):
-        for product, seconds in zip(products, times, strict=True):
-            start = time.perf_counter()
-            product()
-            seconds.append(time.perf_counter() - start)
-    return [min(seconds) for seconds in times]
+def best_seconds(product: Callable[[], object]) -> float:
+    """The shortest time of a call: the first ones set the kernel up, and others may be interrupted for milliseconds."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < TRIAL_SECONDS:
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _trial_codes(rows: int, cols: int) -> Tensor:
@@ -147,15 +147,16 @@ class PackedCodes:
 def packing_is_fast() -> bool:
     """Whether `PackedCodes` gives the right integers here, by a kernel made for this CPU.
 
-    That one is faster than `torch._int_mm` for large products. A small one is timed, as the reference kernel would take
-    seconds for a large one: there a kernel made for the CPU takes 1 to 4 times as long, the reference over 100 times.
+    That one is faster than `torch._int_mm` for large products. AMX may be there, but not for this process or not for
+    oneDNN. So a small product is timed, as the reference kernel would take seconds for a large one: there a kernel made
+    for the CPU takes 1 to 4 times as long, the reference over 100 times.
     """
-    if not int_mm_is_fast_on_cpu():
+    if not (has_amx_int8() and int_mm_is_fast_on_cpu()):
         return False
     x, w = _trial_codes(PACKED_ROWS, 64), _trial_codes(64, 64)
     try:
         packed = PackedCodes(w, torch.ones(1))
-        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w), lambda: packed.product(x), calls=3)
+        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w)), best_seconds(lambda: packed.product(x))
         return by_packed < 30 * int_mm and torch.equal(packed.product(x), product_by_float(x, w))
     except (AttributeError, RuntimeError, TypeError):  # no oneDNN, or other arguments: PyTorch does not promise them
         return False

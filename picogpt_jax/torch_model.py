@@ -30,8 +30,9 @@ from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 from picogpt_jax.torch_linear import Int8Matrix
 
 # What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
-# operations, and the memory is used again. In float64, 32 sequences of 128 tokens take three quarters of the time.
-PART_BYTES = 3 << 20
+# operations, and the memory is used again. With twice as much, glibc gave it back and took it anew in some processes:
+# up to 23,000 page faults a pass over 32 sequences of 128 tokens, which then took twice as long.
+PART_BYTES = 3 << 19
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """PyTorch's int8 product: the same integers by every kernel, and activations on their token's grid."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_packed_codes_give_the_same_integers(features: int, largest: bool) -> No
 
 
 class Packing:
-    """In place of `PackedCodes`; `seconds` where `torch._int_mm` takes one."""
+    """In place of `PackedCodes`; `seconds` where `torch._int_mm` takes one, for a processor with AMX."""
 
     seconds = 0.5
 
@@ -89,14 +91,23 @@ class Reference(Packing):
 def test_codes_are_packed_where_that_is_right_and_fast(
     packing: type[Packing], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seconds = iter([1.0, packing.seconds])
+    monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: True)
     monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
     monkeypatch.setattr(torch_linear, "PackedCodes", packing)
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products, calls: [1.0, packing.seconds])
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: next(seconds))
     assert packing_is_fast.__wrapped__() is expected
 
 
+def test_without_amx_packed_codes_are_not_even_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: False)
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: pytest.fail("a trial of the reference kernel"))
+    assert not packing_is_fast.__wrapped__()
+
+
 def test_a_kernel_with_wrong_integers_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [0.5, 1.0])
+    seconds = itertools.cycle([0.5, 1.0])
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: next(seconds))
     assert int_mm_is_fast_on_cpu.__wrapped__()
     monkeypatch.setattr(torch_linear, "product_by_int_mm", lambda x, w: torch.zeros(len(x), len(w)))
     assert not int_mm_is_fast_on_cpu.__wrapped__()
