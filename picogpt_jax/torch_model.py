@@ -30,9 +30,21 @@ from picogpt_jax.torch_int8_checkpoint import load_int8_checkpoint
 from picogpt_jax.torch_linear import Int8Matrix
 
 # What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
-# operations, and the memory is used again. With twice as much, glibc gave it back and took it anew in some processes:
-# up to 23,000 page faults a pass over 32 sequences of 128 tokens, which then took twice as long.
+# operations, and the memory is used again.
 PART_BYTES = 3 << 19
+LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold goes up to 32 MiB
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of one operation's results for those of the next.
+
+    It gives freed memory at the end of its heap back to the system where that is more than twice the largest block
+    that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). New memory has to be mapped and set to zero page by
+    page: 32 sequences of 128 tokens took up to 24,000 page faults, and twice the time. So a large block is freed here.
+    It is never written, so it takes no memory.
+    """
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -165,6 +177,7 @@ class Int8GPT(nn.Module):
 
     def __init__(self, model: Int8Model, exact: bool = True) -> None:
         super().__init__()
+        keep_freed_memory()
         dtype = torch.float64 if exact else torch.float32
         self.config = model.model
         self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))

@@ -4,7 +4,9 @@ Writes the exports, `compare.json` and `compare.png` to --output, and prints the
 """
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from picogpt_jax.files import write_json
 from picogpt_jax.int8_model import Int8Model, load_int8_model
 from picogpt_jax.vocabulary import Vocabulary
 
-ALL = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
+NOEXACT = "-noexact"  # the export of `convert.py --noexact`
+ALL = ["jax", "torch", "onnx", f"onnx{NOEXACT}", "numpy", "llama.cpp"]
 
 MODEL = flags.DEFINE_string("model", None, "An int8 folder.")
 DATA = flags.DEFINE_string("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
@@ -36,6 +39,7 @@ SPEED_TOKENS = flags.DEFINE_integer("speed_tokens", 2000, "Tokens of the timed s
 NEEDS = {
     "torch": ("torch", "picogpt_jax[torch]"),
     "onnx": ("onnxruntime", "picogpt_jax[onnx]"),
+    f"onnx{NOEXACT}": ("onnxruntime", "picogpt_jax[onnx]"),
     "llama.cpp": ("llama_cpp", "picogpt_jax[llama-cpp]"),
 }
 START = "\n"  # the prompt of the timed sample, where the vocabulary has it
@@ -67,7 +71,7 @@ def main() -> None:
     print(f"{len(ids) - 1:,} targets, {PROMPTS.value} greedy texts of {NEW_TOKENS.value} tokens")
     print(compare.format_table(rows))
     write_json(Path(OUTPUT.value) / "compare.json", {"tokens": len(ids) - 1, "runtimes": rows})
-    compare.draw(rows, Path(OUTPUT.value) / "compare.png", f"One int8 model in {len(rows)} runtimes")
+    compare.draw(rows, Path(OUTPUT.value) / "compare.png", f"One int8 model, {len(rows)} ways to run it")
 
 
 def chosen_runtimes() -> list[str]:
@@ -97,17 +101,18 @@ def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
     """Times `sample.py` with this runtime; the second run counts, when what can be cached on disk is."""
     start = START if START in model.vocabulary.itos else model.vocabulary.itos[0]
     script = Path(__file__).resolve().parent / "sample.py"
-    command = [sys.executable, str(script), f"--model={path}", f"--runtime={name}", f"--start={start}"]
+    command = [sys.executable, str(script), f"--model={path}", f"--start={start}"]
+    command.append(f"--runtime={name.removesuffix(NOEXACT)}")
     command += [f"--max_new_tokens={SPEED_TOKENS.value}", "--overflow=refill"]
     compare.time_process(command, len(start))
     return dataclasses.asdict(compare.time_process(command, len(start)))
 
 
-def export_onnx(model: Int8Model) -> Path:
+def export_onnx(model: Int8Model, exact: bool = True) -> Path:
     from picogpt_jax.onnx_export import save_onnx
 
-    folder = Path(OUTPUT.value) / "onnx"
-    save_onnx(model, folder)
+    folder = Path(OUTPUT.value) / ("onnx" if exact else f"onnx{NOEXACT}")
+    save_onnx(model, folder, exact)
     return folder
 
 
@@ -177,11 +182,17 @@ def load_llama_cpp(path: Path) -> Passes:
     return passes_of(LlamaCppGPT(path))
 
 
-EXPORTS = {"onnx": export_onnx, "llama.cpp": export_gguf}  # the others read the int8 folder
+# The others read the int8 folder.
+EXPORTS: dict[str, Callable[[Int8Model], Path]] = {
+    "onnx": export_onnx,
+    f"onnx{NOEXACT}": functools.partial(export_onnx, exact=False),
+    "llama.cpp": export_gguf,
+}
 LOADERS = {
     "jax": load_jax,
     "torch": load_torch,
     "onnx": load_onnx,
+    f"onnx{NOEXACT}": load_onnx,
     "numpy": load_numpy,
     "llama.cpp": load_llama_cpp,
 }

@@ -4,12 +4,16 @@ import copy
 import dataclasses
 import math
 import pickle
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_int8_model import random_model
 from test_numpy_model import BIT_FOR_BIT, numpy_model
 
@@ -302,3 +306,25 @@ def test_a_uniform_model_loses_log_v_nats_per_token() -> None:
 def test_evaluation_refuses_what_it_cannot_do(tokens: np.ndarray, block_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Int8GPT(random_model()).evaluate(tokens, block_size)
+
+
+COUNTS_FAULTS = """
+import resource, sys, torch
+from picogpt_jax.torch_model import Int8GPT
+model = Int8GPT.load(sys.argv[1])
+tokens = torch.zeros(32, 128, dtype=torch.int64)
+for passes in range(6):
+    if passes == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(tokens)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the GNU C library's allocator")
+def test_a_pass_takes_the_memory_that_the_one_before_gave_back(tmp_path: Path) -> None:
+    """In a process of its own: what was freed before matters."""
+    save_int8_model(random_model(n_layer=3, n_embd=192, block_size=128), tmp_path)
+    command = [sys.executable, "-c", COUNTS_FAULTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 1000, "page faults; without keep_freed_memory over 5,000"
