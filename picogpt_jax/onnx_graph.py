@@ -13,11 +13,11 @@ again, and its sum is exact. Unsigned activations times signed weights are ONNX 
 AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
 an exact one, which is slower with VNNI (`picogpt_jax.onnx_session` sets it where it is needed).
 
-The float steps round where JAX does (`picogpt_jax.rounding`): LayerNorm, attention and the tanh form of GELU in float64,
-rounded once, with the same bits as a result; only the error function is ONNX Runtime's own in float32. With
-`exact=False` all are ONNX Runtime's own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128
-by one node too, and the scales are fused with the product: faster, and now and then another token where two
-are almost equally likely.
+The float steps round where JAX does (`picogpt_jax.rounding`), with the same bits as a result: LayerNorm, attention and
+the tanh form of GELU in float64, rounded once; only the error function is ONNX Runtime's own in float32. With
+`exact=False` all of them are its own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128 by
+one node too, and the scales are fused with the product: faster, and now and then another token where two are almost
+equally likely.
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.

@@ -96,7 +96,8 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
     save_int8_model(random_model(config), tmp_path / "int8")
     write_data(tmp_path / "data", "abcdefghij\n " * 20)
     arguments = ["--model=int8", "--data=data", "--output=all", "--prompts=3", "--prompt_tokens=4", "--new_tokens=12"]
-    done = run_script("scripts/compare.py", *arguments, "--speed_tokens=400", "--runtimes=torch,onnx,onnx-noexact,numpy")
+    arguments += ["--speed_tokens=400", "--runtimes=torch,onnx,onnx-noexact,numpy"]
+    done = run_script("scripts/compare.py", *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "all/compare.json").read_text())
     assert report["tokens"] == 239
