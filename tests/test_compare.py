@@ -108,7 +108,7 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
         assert row["largest_difference"] < (1e-3 if is_exact else 0.5)
         assert row["same_next_token"] > (0.99 if is_exact else 0.9)
         assert row["same_texts"] == 1.0 or not is_exact
-        assert row["tokens_per_second"] > 0
+        assert row["tokens_per_second"] >= 0  # 0: all of it arrived at once
         assert row["first_token_seconds"] > 0
         assert row["bytes"] > 10_000  # codes and scales
     assert (tmp_path / "all/compare.png").read_bytes().startswith(b"\x89PNG")
