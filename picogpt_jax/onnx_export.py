@@ -33,7 +33,7 @@ def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = Tr
     """Writes the folder in one step; an earlier one is replaced as a whole.
 
     Args:
-        exact: LayerNorm and attention in float64, as JAX computes them; else in float32.
+        exact: LayerNorm, attention and tanh in float64, as JAX computes them; else in float32.
 
     Raises:
         UserError: `folder` cannot be written or holds other files.

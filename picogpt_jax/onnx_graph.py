@@ -13,8 +13,8 @@ again, and its sum is exact. Unsigned activations times signed weights are ONNX 
 AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
 an exact one, which is slower with VNNI (`picogpt_jax.onnx_session` sets it where it is needed).
 
-The float steps round where JAX does (`picogpt_jax.rounding`), with the same bits as a result: LayerNorm, attention and
-the tanh form of GELU in float64, rounded once; only the error function is ONNX Runtime's own in float32. With
+The float steps round where JAX does (`picogpt_jax.rounding`). LayerNorm, attention and the tanh form of GELU are
+computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With
 `exact=False` all of them are its own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128 by
 one node too, and the scales are fused with the product: faster, and now and then another token where two are almost
 equally likely.
@@ -216,7 +216,7 @@ class GraphBuilder:
         weight, *bias = (self.constant(name, vectors[name]) for name in names)
         if not self.exact:
             return self.add("LayerNormalization", x, weight, *bias, axis=-1, epsilon=epsilon)
-        # ONNX Runtime's LayerNormalization takes three times as long in float64, for its division of every element.
+        # ONNX Runtime's LayerNormalization takes three times as long in float64.
         x, weight, *bias = (self.cast(value, TensorProto.DOUBLE) for value in (x, weight, *bias))
         centred = self.add("Sub", x, self.add("ReduceMean", x, self.integers(-1)))
         variance = self.add("ReduceMean", self.add("Mul", centred, centred), self.integers(-1))

@@ -37,7 +37,7 @@ from picogpt_jax.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Tensor
 
 Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations alone
 
-TRIAL_SECONDS = 0.02  # of each kernel, to find out which is the faster one: longer than a core is taken by others
+TRIAL_CALLS, TRIAL_SECONDS = 10, 0.04  # of kernels in turn, at least, to find out which is the faster one
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
 PACKED_ROWS = 256  # from as many on `PackedCodes` is faster, for narrow matrices too; for one row it is far slower
 
@@ -97,23 +97,32 @@ def _aligned(x_NI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def int_mm_is_fast_on_cpu() -> bool:
-    """Times both kernels, in milliseconds: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
+    """Times both kernels, once in a process: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
 
     And whether its integers are right: where a CPU adds up in 16 bits, the largest codes would not fit.
     """
     x, w = _trial_codes(64, 256), _trial_codes(256, 256)
-    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w)), best_seconds(lambda: product_by_float(x, w))
+    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w), lambda: product_by_float(x, w))
     return int_mm < by_float and torch.equal(product_by_int_mm(x, w), product_by_float(x, w))
 
 
-def best_seconds(product: Callable[[], object]) -> float:
-    """The shortest time of a call: the first ones set the kernel up, and others may be interrupted for milliseconds."""
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < TRIAL_SECONDS:
-        start = time.perf_counter()
-        product()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def best_seconds(*products: Callable[[], object]) -> list[float]:
+    """The shortest time of each, in turn: the first calls set the kernels up, and others may be interrupted.
+
+    By one thread: two wait for each other, and so for whatever else takes one of the cores, in every call.
+    """
+    times: list[list[float]] = [[] for _ in products]
+    threads, began = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        while len(times[0]) < TRIAL_CALLS or time.perf_counter() - began < TRIAL_SECONDS:
+            for product, seconds in zip(products, times, strict=True):
+                start = time.perf_counter()
+                product()
+                seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return [min(seconds) for seconds in times]
 
 
 def _trial_codes(rows: int, cols: int) -> Tensor:
@@ -156,7 +165,7 @@ def packing_is_fast() -> bool:
     x, w = _trial_codes(PACKED_ROWS, 64), _trial_codes(64, 64)
     try:
         packed = PackedCodes(w, torch.ones(1))
-        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w)), best_seconds(lambda: packed.product(x))
+        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w), lambda: packed.product(x))
         return by_packed < 30 * int_mm and torch.equal(packed.product(x), product_by_float(x, w))
     except (AttributeError, RuntimeError, TypeError):  # no oneDNN, or other arguments: PyTorch does not promise them
         return False

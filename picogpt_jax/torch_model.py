@@ -1,8 +1,8 @@
 """The int8 model in PyTorch, with the numbers it was trained with (extra: torch).
 
-Matrices stay int8 in memory and are multiplied as int8 (`picogpt_jax.torch_linear`). LayerNorm and attention are
-computed in float64 and rounded once, so that the text is JAX's (`picogpt_jax.rounding`); with `exact=False` in float32,
-which is faster where whole windows are computed.
+Matrices stay int8 in memory and are multiplied as int8 (`picogpt_jax.torch_linear`). LayerNorm, attention and tanh are
+computed in float64 and rounded once, so that the text is JAX's (`picogpt_jax.rounding`; the error function of GELU is
+PyTorch's own in float32); with `exact=False` all are in float32, which is faster where whole windows are computed.
 
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
 """
@@ -41,10 +41,11 @@ def keep_freed_memory() -> None:
 
     It gives freed memory at the end of its heap back to the system where that is more than twice the largest block
     that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). New memory has to be mapped and set to zero page by
-    page: 32 sequences of 128 tokens took up to 24,000 page faults, and twice the time. So a large block is freed here.
-    It is never written, so it takes no memory.
+    page: 32 sequences of 128 tokens took 5,000 to 30,000 page faults, and up to twice the time. So a large block is
+    freed here. It is never written, so it takes no memory. From then on the process keeps up to twice as much of what
+    it frees; where a MALLOC_ variable of the environment sets a threshold, nothing changes.
     """
-    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -168,8 +169,8 @@ class Int8GPT(nn.Module):
     On a CPU the matrices may be held twice, as int8 both times (`picogpt_jax.torch_linear.PackedCodes`).
 
     Args:
-        exact: LayerNorm and attention in float64, and the scales in the order in which JAX multiplies by them; else
-            float32 and whichever order is fast.
+        exact: LayerNorm, attention and tanh in float64, and the scales in the order in which JAX multiplies by them;
+            else float32 and whichever order is fast.
 
     Attributes:
         config: the architecture.

@@ -85,8 +85,9 @@ def chosen_runtimes() -> list[str]:
     if RUNTIMES.value:
         return [name for name in ALL if name in {compare.REFERENCE, *RUNTIMES.value}]
     missing = [name for name, (module, _) in NEEDS.items() if find_spec(module) is None]
-    for name in missing:
-        print(f"{name} is left out; to include it: pip install '{NEEDS[name][1]}'")
+    for extra in dict.fromkeys(NEEDS[name][1] for name in missing):
+        left_out = ", ".join(name for name in missing if NEEDS[name][1] == extra)
+        print(f"left out: {left_out}; to include it: pip install '{extra}'")
     return [name for name in ALL if name not in missing]
 
 

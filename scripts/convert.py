@@ -30,7 +30,7 @@ REQUANTIZE = flags.DEFINE_enum(
 EXACT = flags.DEFINE_bool(
     "exact",
     True,
-    "With --to=onnx: LayerNorm and attention in float64, so that the text is JAX's. --noexact is faster, most of "
+    "With --to=onnx: LayerNorm, attention and tanh in float64, so that the text is JAX's. --noexact is faster, most of "
     "all where whole windows are computed (--overflow=slide, prompts), and needs ONNX Runtime 1.24.",
 )
 DATA = flags.DEFINE_string(

@@ -111,6 +111,8 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
         assert row["tokens_per_second"] >= 0  # 0: all of it arrived at once
         assert row["first_token_seconds"] > 0
         assert row["bytes"] > 10_000  # codes and scales
+    sizes = {row["runtime"]: row["bytes"] for row in report["runtimes"]}
+    assert sizes["onnx-noexact"] < sizes["onnx"], "fewer nodes: another graph"
     assert (tmp_path / "all/compare.png").read_bytes().startswith(b"\x89PNG")
     assert done.stdout.splitlines()[0] == "239 targets, 3 greedy texts of 12 tokens"
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from picogpt_jax import onnx_graph
 from picogpt_jax.benchmark import random_int8_model
 from picogpt_jax.config import ModelConfig
+from picogpt_jax.cpu import has_vnni
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8_model import Int8Model, config_to_json, file_bytes, save_int8_model
 from picogpt_jax.numpy_model import quantize
@@ -35,6 +36,8 @@ def exact(request: pytest.FixtureRequest) -> bool:
 def session_of(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -1,6 +1,6 @@
 """PyTorch's int8 product: the same integers by every kernel, and activations on their token's grid."""
 
-import itertools
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +11,11 @@ from picogpt_jax.int8_model import Int8Tensor
 from picogpt_jax.torch_linear import (
     EXACT_FEATURES,
     PACKED_ROWS,
+    TRIAL_CALLS,
     Int8Matrix,
     PackedCodes,
     _aligned,
+    best_seconds,
     int_mm_is_fast_on_cpu,
     integer_product,
     packing_is_fast,
@@ -91,26 +93,37 @@ class Reference(Packing):
 def test_codes_are_packed_where_that_is_right_and_fast(
     packing: type[Packing], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter([1.0, packing.seconds])
     monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: True)
     monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
     monkeypatch.setattr(torch_linear, "PackedCodes", packing)
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: next(seconds))
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [1.0, packing.seconds])
     assert packing_is_fast.__wrapped__() is expected
 
 
 def test_without_amx_packed_codes_are_not_even_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: False)
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: pytest.fail("a trial of the reference kernel"))
+    monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: pytest.fail("a trial of the reference kernel"))
     assert not packing_is_fast.__wrapped__()
 
 
 def test_a_kernel_with_wrong_integers_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.cycle([0.5, 1.0])
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda product: next(seconds))
+    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [0.5, 1.0])
     assert int_mm_is_fast_on_cpu.__wrapped__()
     monkeypatch.setattr(torch_linear, "product_by_int_mm", lambda x, w: torch.zeros(len(x), len(w)))
     assert not int_mm_is_fast_on_cpu.__wrapped__()
+
+
+def test_kernels_are_timed_in_turn_by_one_thread() -> None:
+    threads, calls = torch.get_num_threads(), []
+    first, second = best_seconds(
+        lambda: calls.append(("first", torch.get_num_threads())), lambda: calls.append(("second", time.sleep(0.002)))
+    )
+    assert first < 0.002 <= second
+    assert len(calls) >= 2 * TRIAL_CALLS
+    assert set(calls[::2]) == {("first", 1)}
+    assert set(calls[1::2]) == {("second", None)}
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("n_scales", [1, 48])
