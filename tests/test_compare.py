@@ -96,7 +96,7 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
     save_int8_model(random_model(config), tmp_path / "int8")
     write_data(tmp_path / "data", "abcdefghij\n " * 20)
     arguments = ["--model=int8", "--data=data", "--output=all", "--prompts=3", "--prompt_tokens=4", "--new_tokens=12"]
-    arguments += ["--speed_tokens=400", "--runtimes=torch,onnx,onnx-noexact,numpy"]
+    arguments += ["--speed_tokens=2000", "--runtimes=torch,onnx,onnx-noexact,numpy"]  # too many to arrive at once
     done = run_script("scripts/compare.py", *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "all/compare.json").read_text())
@@ -104,11 +104,11 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
     assert [row["runtime"] for row in report["runtimes"]] == ["jax", "torch", "onnx", "onnx-noexact", "numpy"]
     for row in report["runtimes"]:
         is_exact = row["runtime"] != "onnx-noexact"
-        assert row["loss"] == pytest.approx(report["runtimes"][0]["loss"], abs=1e-5 if is_exact else 1e-2)
-        assert row["largest_difference"] < (1e-3 if is_exact else 0.5)
-        assert row["same_next_token"] > (0.99 if is_exact else 0.9)
+        assert row["loss"] == pytest.approx(report["runtimes"][0]["loss"], abs=1e-5 if is_exact else 1e-3)
+        assert row["largest_difference"] < (1e-3 if is_exact else 0.1)
+        assert row["same_next_token"] > 0.99
         assert row["same_texts"] == 1.0 or not is_exact
-        assert row["tokens_per_second"] >= 0  # 0: all of it arrived at once
+        assert row["tokens_per_second"] > 0
         assert row["first_token_seconds"] > 0
         assert row["bytes"] > 10_000  # codes and scales
     sizes = {row["runtime"]: row["bytes"] for row in report["runtimes"]}

@@ -1,6 +1,6 @@
 """PyTorch's int8 product: the same integers by every kernel, and activations on their token's grid."""
 
-import time
+import types
 
 import numpy as np
 import pytest
@@ -114,15 +114,21 @@ def test_a_kernel_with_wrong_integers_is_not_fast(monkeypatch: pytest.MonkeyPatc
     assert not int_mm_is_fast_on_cpu.__wrapped__()
 
 
-def test_kernels_are_timed_in_turn_by_one_thread() -> None:
-    threads, calls = torch.get_num_threads(), []
-    first, second = best_seconds(
-        lambda: calls.append(("first", torch.get_num_threads())), lambda: calls.append(("second", time.sleep(0.002)))
-    )
-    assert first < 0.002 <= second
-    assert len(calls) >= 2 * TRIAL_CALLS
-    assert set(calls[::2]) == {("first", 1)}
-    assert set(calls[1::2]) == {("second", None)}
+@pytest.mark.parametrize(("trial_seconds", "rounds"), [(0.0, TRIAL_CALLS), (100.0, 66)])
+def test_kernels_are_timed_in_turn_by_one_thread(
+    trial_seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that the kernels move on; the first call is interrupted."""
+    clock, calls, threads = [0.0], [], torch.get_num_threads()
+    monkeypatch.setattr(torch_linear, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(torch_linear, "TRIAL_SECONDS", trial_seconds)
+
+    def kernel(name: str, seconds: float) -> None:
+        clock[0] += seconds if calls else seconds + 1
+        calls.append((name, torch.get_num_threads()))
+
+    assert best_seconds(lambda: kernel("fast", 0.5), lambda: kernel("slow", 1.0)) == [0.5, 1.0]
+    assert calls == [("fast", 1), ("slow", 1)] * rounds
     assert torch.get_num_threads() == threads
 
 
