@@ -104,7 +104,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Quantization-aware training (`picogpt_jax.quantization`)."""
+    """Quantization-aware training (`picogpt_jax.model.quantization`)."""
 
     mode: Literal["int8", "none"]
     weight_granularity: Granularity

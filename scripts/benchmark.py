@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from picogpt_jax import cli
 from picogpt_jax.config import Config
-from picogpt_jax.devices import set_up_jax
+from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 
@@ -50,7 +50,7 @@ def main() -> None:
     if sections["model"]["vocab_size"] is None:
         sections["model"]["vocab_size"] = VOCAB_SIZE
     report = measure(Config.from_dict(sections))
-    from picogpt_jax.benchmark_report import format_report
+    from picogpt_jax.benchmarks.report import format_report
 
     print(format_report(report))
     if JSON.value is not None:
@@ -58,17 +58,17 @@ def main() -> None:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    from picogpt_jax import benchmark  # after set_up_jax
-    from picogpt_jax.int8_model import load_int8_model
+    from picogpt_jax.benchmarks import speed  # after set_up_jax
+    from picogpt_jax.int8.int8_model import load_int8_model
 
     if WHAT.value == "train":
-        return benchmark.benchmark_training(config, ROUNDS.value, TORCH.value)
-    model = benchmark.random_int8_model(config.model) if MODEL.value is None else load_int8_model(MODEL.value)
+        return speed.benchmark_training(config, ROUNDS.value, TORCH.value)
+    model = speed.random_int8_model(config.model) if MODEL.value is None else load_int8_model(MODEL.value)
     if WHAT.value == "serve":
-        from picogpt_jax.benchmark_serving import benchmark_serving
+        from picogpt_jax.benchmarks.serving import benchmark_serving
 
         return benchmark_serving(model, NEW_TOKENS.value, ROUNDS.value, TORCH.value)
-    return benchmark.benchmark_decoding(model, NEW_TOKENS.value, SLIDE_TOKENS.value, ROUNDS.value, TORCH.value)
+    return speed.benchmark_decoding(model, NEW_TOKENS.value, SLIDE_TOKENS.value, ROUNDS.value, TORCH.value)
 
 
 if __name__ == "__main__":

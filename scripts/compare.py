@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
-from picogpt_jax import cli, compare
-from picogpt_jax.data import Tokens
+from picogpt_jax import cli
+from picogpt_jax.benchmarks import compare
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
-from picogpt_jax.int8_model import Int8Model, load_int8_model
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.int8.int8_model import Int8Model, load_int8_model
+from picogpt_jax.text.batches import Tokens
+from picogpt_jax.text.reading import vocabulary_of_data
 
 NOEXACT = "-noexact"  # the export of `convert.py --noexact`
 ALL = ["jax", "torch", "onnx", f"onnx{NOEXACT}", "numpy", "llama.cpp"]
@@ -92,7 +93,7 @@ def chosen_runtimes() -> list[str]:
 
 
 def open_ids(model: Int8Model) -> npt.NDArray[np.uint16]:
-    if not model.vocabulary.fits(Vocabulary.from_data_dir(DATA.value, model.vocabulary.size)):
+    if not model.vocabulary.fits(vocabulary_of_data(DATA.value, model.vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
     ids = Tokens.open(DATA.value, "val", model.model.block_size, model.model.vocab_size).ids
     return ids if MAX_TOKENS.value is None else ids[: MAX_TOKENS.value + 1]
@@ -110,7 +111,7 @@ def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
 
 
 def export_onnx(model: Int8Model, exact: bool = True) -> Path:
-    from picogpt_jax.onnx_export import save_onnx
+    from picogpt_jax.formats.onnx_export import save_onnx
 
     folder = Path(OUTPUT.value) / ("onnx" if exact else f"onnx{NOEXACT}")
     save_onnx(model, folder, exact)
@@ -118,7 +119,7 @@ def export_onnx(model: Int8Model, exact: bool = True) -> Path:
 
 
 def export_gguf(model: Int8Model) -> Path:
-    from picogpt_jax.gguf_export import save_gguf
+    from picogpt_jax.formats.gguf_export import save_gguf
 
     path = Path(OUTPUT.value) / "model.gguf"
     save_gguf(model, path)
@@ -126,14 +127,14 @@ def export_gguf(model: Int8Model) -> Path:
 
 
 def load_jax(path: Path) -> Passes:
-    from picogpt_jax.devices import compiler_options, set_up_jax
+    from picogpt_jax.devices.setup import compiler_options, set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
     import jax
 
-    from picogpt_jax.convert import serving_quant, serving_variables
-    from picogpt_jax.generate import Generator
-    from picogpt_jax.model import GPT
+    from picogpt_jax.int8.convert import serving_quant, serving_variables
+    from picogpt_jax.model.gpt import GPT
+    from picogpt_jax.runtimes.jax_generator import Generator
 
     model = load_int8_model(path)
     network, variables = GPT(model.model, serving_quant(model), "serve"), serving_variables(model)
@@ -148,9 +149,9 @@ def load_jax(path: Path) -> Passes:
 def load_torch(path: Path) -> Passes:
     import torch
 
-    from picogpt_jax.torch_model import Int8GPT
+    from picogpt_jax.runtimes.torch_model import Int8GPT
 
-    network = Int8GPT.load(path)
+    network = Int8GPT(sources.load_int8(path))
     return (
         lambda tokens_BT: network(torch.from_numpy(tokens_BT)).numpy(),
         lambda prompts_BT, new_tokens: network.generate(
@@ -160,25 +161,25 @@ def load_torch(path: Path) -> Passes:
 
 
 def load_onnx(path: Path) -> Passes:
-    from picogpt_jax.onnx_model import OnnxGPT
+    from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     return passes_of(OnnxGPT.load(path))
 
 
 def load_numpy(path: Path) -> Passes:
-    from picogpt_jax.numpy_model import NumpyGPT
+    from picogpt_jax.runtimes.numpy_model import NumpyGPT
 
     return passes_of(NumpyGPT.load(path))
 
 
 def passes_of(runtime: Any) -> Passes:
-    from picogpt_jax.runtime import generate
+    from picogpt_jax.runtimes.loop import generate
 
     return runtime.forward, lambda prompts_BT, new_tokens: generate(runtime, prompts_BT, new_tokens, temperature=0.0)
 
 
 def load_llama_cpp(path: Path) -> Passes:
-    from picogpt_jax.llama_cpp_model import LlamaCppGPT
+    from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     return passes_of(LlamaCppGPT(path))
 

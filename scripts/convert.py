@@ -5,10 +5,11 @@ from pathlib import Path
 
 from absl import flags
 
-from picogpt_jax import cli, sources
+from picogpt_jax import cli
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8_model import Int8Model
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.formats import sources
+from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.text.reading import vocabulary_of_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/: an imported workdir needs a configuration
 
@@ -56,11 +57,11 @@ def main() -> None:
 
 
 def to_checkpoint() -> None:
-    from picogpt_jax.devices import set_up_jax
+    from picogpt_jax.devices.setup import set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
     from configs.base import get_config
-    from picogpt_jax.import_checkpoint import load_for_import, write_workdir
+    from picogpt_jax.formats.import_checkpoint import load_for_import, write_workdir
 
     source = load_for_import(INPUT.value, DATA.value)
     write_workdir(source, get_config().to_dict(), OUTPUT.value)
@@ -69,15 +70,15 @@ def to_checkpoint() -> None:
 
 
 def load_float() -> sources.FloatModel:
-    from picogpt_jax.devices import set_up_jax
+    from picogpt_jax.devices.setup import set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
     return sources.load_float(INPUT.value)
 
 
 def to_torch() -> None:
-    from picogpt_jax.convert import float_arrays
-    from picogpt_jax.torch_checkpoint import save_float_checkpoint
+    from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
+    from picogpt_jax.int8.convert import float_arrays
 
     source = load_float()
     save_float_checkpoint(
@@ -93,8 +94,8 @@ def to_torch() -> None:
 
 
 def to_torch_int8() -> None:
-    from picogpt_jax.int8_model import requantize_per_tensor
-    from picogpt_jax.torch_int8_checkpoint import save_int8_checkpoint
+    from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
+    from picogpt_jax.int8.int8_model import requantize_per_tensor
 
     model = sources.load_int8(INPUT.value)
     save_int8_checkpoint(model, OUTPUT.value, requantize=REQUANTIZE.value)
@@ -109,14 +110,14 @@ def to_torch_int8() -> None:
 
 
 def to_huggingface() -> None:
-    from picogpt_jax.huggingface import dequantized, save_huggingface
+    from picogpt_jax.formats.huggingface import dequantized, save_huggingface
 
     if sources.recognise(INPUT.value) in ("int8", "torch-int8"):
         model = sources.load_int8(INPUT.value)
         save_huggingface(model.model, dequantized(model), model.vocabulary, OUTPUT.value)
         what = "the dequantized int8 weights"
     else:
-        from picogpt_jax.convert import float_arrays
+        from picogpt_jax.int8.convert import float_arrays
 
         source = load_float()
         arrays = float_arrays(source.config, source.params)
@@ -128,14 +129,14 @@ def to_huggingface() -> None:
 
 
 def to_gguf() -> None:
-    from picogpt_jax.gguf_export import save_gguf
+    from picogpt_jax.formats.gguf_export import save_gguf
 
     save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
     print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
 
 
 def to_onnx() -> None:
-    from picogpt_jax.onnx_export import save_onnx
+    from picogpt_jax.formats.onnx_export import save_onnx
 
     save_onnx(sources.load_int8(INPUT.value), OUTPUT.value, EXACT.value)
     size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
@@ -143,11 +144,11 @@ def to_onnx() -> None:
 
 
 def loss(model: Int8Model) -> float:
-    from picogpt_jax.data import Tokens
-    from picogpt_jax.torch_model import Int8GPT
+    from picogpt_jax.runtimes.torch_model import Int8GPT
+    from picogpt_jax.text.batches import Tokens
 
     config = model.model
-    if not model.vocabulary.fits(Vocabulary.from_data_dir(DATA.value, model.vocabulary.size)):
+    if not model.vocabulary.fits(vocabulary_of_data(DATA.value, model.vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --input={INPUT.value}; give its own data")
     tokens = Tokens.open(DATA.value, "val", config.block_size, config.vocab_size)
     return Int8GPT(model).evaluate(tokens.ids, config.block_size)

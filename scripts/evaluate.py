@@ -4,11 +4,13 @@ from typing import Any
 
 from absl import flags
 
-from picogpt_jax import cli, sources
-from picogpt_jax.data import Tokens
+from picogpt_jax import cli
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.formats import sources
+from picogpt_jax.text.batches import Tokens
+from picogpt_jax.text.reading import vocabulary_of_data
+from picogpt_jax.text.vocabulary import Vocabulary
 
 MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file.")
 DATA = flags.DEFINE_string("data", None, "Folder with train.bin, val.bin and meta.json.")
@@ -62,7 +64,7 @@ def tokens_per_character(tokens: int, vocabulary: Vocabulary) -> float:
 
 def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
     """The tokens to evaluate, after checking that they are of the model's vocabulary."""
-    if not vocabulary.fits(Vocabulary.from_data_dir(DATA.value, vocabulary.size)):
+    if not vocabulary.fits(vocabulary_of_data(DATA.value, vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
     tokens = Tokens.open(DATA.value, SPLIT.value, block_size, vocabulary.size)
     if MAX_TOKENS.value is not None:
@@ -71,7 +73,7 @@ def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:
 
 
 def evaluate_torch() -> tuple[float, int, Vocabulary]:
-    from picogpt_jax.torch_model import Int8GPT
+    from picogpt_jax.runtimes.torch_model import Int8GPT
 
     model = sources.load_int8(MODEL.value)
     tokens = open_tokens(model.model.block_size, model.vocabulary)
@@ -79,7 +81,7 @@ def evaluate_torch() -> tuple[float, int, Vocabulary]:
 
 
 def evaluate_shared() -> tuple[float, int, Vocabulary]:
-    from picogpt_jax import runtime
+    from picogpt_jax.runtimes import loop
 
     model: Any
     if RUNTIME.value == "numpy":
@@ -88,20 +90,20 @@ def evaluate_shared() -> tuple[float, int, Vocabulary]:
         model = sources.load_onnx(MODEL.value) if RUNTIME.value == "onnx" else sources.load_gguf(MODEL.value)
         vocabulary = model.vocabulary
     tokens = open_tokens(model.block_size, vocabulary)
-    return runtime.evaluate(model, tokens.ids, model.block_size, BATCH_SIZE), len(tokens) - 1, vocabulary
+    return loop.evaluate(model, tokens.ids, model.block_size, BATCH_SIZE), len(tokens) - 1, vocabulary
 
 
 def evaluate_jax(is_int8: bool) -> tuple[float, int, Vocabulary]:
-    from picogpt_jax.devices import set_up_jax
+    from picogpt_jax.devices.setup import set_up_jax
 
     set_up_jax(DEVICE.value, cpu_devices=1)
     import jax
 
-    from picogpt_jax import convert
     from picogpt_jax.config import MeshConfig
-    from picogpt_jax.evaluate import Evaluator
-    from picogpt_jax.model import GPT
-    from picogpt_jax.sharding import make_mesh
+    from picogpt_jax.devices.sharding import make_mesh
+    from picogpt_jax.int8 import convert
+    from picogpt_jax.model.gpt import GPT
+    from picogpt_jax.training.evaluate import Evaluator
 
     if is_int8:
         model = sources.load_int8(MODEL.value)

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from picogpt_jax import cli
 from picogpt_jax.config import Config, MeshConfig
-from picogpt_jax.devices import set_up_jax
+from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 
@@ -60,9 +60,9 @@ def main() -> None:
 
 
 def plan(config: Config) -> Any:
-    from picogpt_jax import plan_report  # after set_up_jax
-    from picogpt_jax.plan import make_plan, topology_devices
-    from picogpt_jax.plan_sweep import compare, mesh_shapes, weak_scaling
+    from picogpt_jax.planning import report  # after set_up_jax
+    from picogpt_jax.planning.plan import make_plan, topology_devices
+    from picogpt_jax.planning.sweep import compare, mesh_shapes, weak_scaling
 
     meshes = [_mesh(text) for text in MESHES.value or ()]
     if COMPARE.value:
@@ -70,20 +70,20 @@ def plan(config: Config) -> Any:
         batch_size = config.train.batch_size
         batch_sizes = [_number(text) for text in BATCH_SIZES.value or (batch_size, 2 * batch_size)]
         plans = compare(config, TOPOLOGY.value, meshes, batch_sizes, QUICK.value)
-        print(plan_report.format_comparison(plans))
+        print(report.format_comparison(plans))
         return plans
     if WEAK_SCALING.value:
         series = {}
         for batch_size in map(_number, BATCH_SIZES.value or (config.train.batch_size,)):
             first = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
             plans = weak_scaling(first, WEAK_SCALING.value, meshes, bool(QUICK.value))
-            print(plan_report.format_scaling(plans))
-            series |= {plan_report.scaling_label(plans[0]): plans} if plans else {}
+            print(report.format_scaling(plans))
+            series |= {report.scaling_label(plans[0]): plans} if plans else {}
         if PNG.value is not None:
-            plan_report.plot_scaling(series, PNG.value, "Weak scaling by the plan")
+            report.plot_scaling(series, PNG.value, "Weak scaling by the plan")
         return [plan for plans in series.values() for plan in plans]
     result = make_plan(config, TOPOLOGY.value, bool(QUICK.value))
-    print(plan_report.format_plan(result))
+    print(report.format_plan(result))
     return result
 
 

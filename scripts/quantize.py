@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from picogpt_jax import cli
-from picogpt_jax.devices import set_up_jax
+from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string(
@@ -25,13 +25,14 @@ DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Wher
 def main() -> None:
     if WORKDIR.value is None or OUTPUT.value is None:
         raise UserError("--workdir and --output are needed, e.g. --workdir=runs/debug --output=runs/debug/int8")
-    from picogpt_jax.int8_model import file_bytes, is_int8_folder, save_int8_model, size_report
+    from picogpt_jax.int8.int8_model import file_bytes, is_int8_folder, save_int8_model, size_report
 
     output = Path(OUTPUT.value)
     if output.is_dir() and any(output.iterdir()) and not is_int8_folder(output):
         raise UserError(f"--output={output} is a folder of other files, which it would replace; name a new one")
     set_up_jax(DEVICE.value, cpu_devices=1)
-    from picogpt_jax import convert, sources
+    from picogpt_jax.formats import sources
+    from picogpt_jax.int8 import convert
 
     source = sources.load_float(WORKDIR.value)
     quant = source.quant

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
-from picogpt_jax import cli, sources
+from picogpt_jax import cli
 from picogpt_jax.errors import UserError
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.formats import sources
+from picogpt_jax.text.vocabulary import Vocabulary
 
 MODEL = flags.DEFINE_string(
     "model", None, "A workdir (float), an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file."
@@ -105,12 +106,12 @@ def start_text(vocabulary: Vocabulary) -> str:
 
 
 def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
-    from picogpt_jax.devices import set_up_jax
+    from picogpt_jax.devices.setup import set_up_jax
 
     set_up_jax(DEVICE.value)
     from picogpt_jax.config import MeshConfig
-    from picogpt_jax.generate import Generator
-    from picogpt_jax.sharding import make_mesh
+    from picogpt_jax.devices.sharding import make_mesh
+    from picogpt_jax.runtimes.jax_generator import Generator
 
     if TENSOR.value > 1 and kind not in ("int8", "torch-int8"):
         raise UserError("--tensor splits int8 models; give --model=INT8_FOLDER, or leave --tensor out")
@@ -136,7 +137,7 @@ def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
 def load_torch(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
     import torch
 
-    from picogpt_jax.torch_model import Int8GPT
+    from picogpt_jax.runtimes.torch_model import Int8GPT
 
     model = sources.load_int8(MODEL.value)
     network = Int8GPT(model)
@@ -174,16 +175,16 @@ def load_numpy(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
 
 
 def shared_loop(model: Any) -> Generate:
-    from picogpt_jax import runtime
+    from picogpt_jax.runtimes import loop
 
     options: dict[str, Any] = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
-    return lambda prompt_BT, stream: runtime.generate(
+    return lambda prompt_BT, stream: loop.generate(
         model, prompt_BT, MAX_NEW_TOKENS.value, overflow=OVERFLOW.value, stream=stream, **options
     )
 
 
 def describe_int8(model: Any) -> str:
-    from picogpt_jax.int8_model import size_report
+    from picogpt_jax.int8.int8_model import size_report
 
     size = size_report(model)
     return (

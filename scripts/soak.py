@@ -25,10 +25,10 @@ from absl import flags
 
 from picogpt_jax import cli
 from picogpt_jax.config import Config
-from picogpt_jax.devices import set_up_jax
+from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
-from picogpt_jax.metrics import METRICS_FILE, read_metrics
+from picogpt_jax.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
@@ -178,8 +178,8 @@ def compare(one: Path, other: Path) -> list[str]:
     """What differs between the ends of two runs: names of arrays, or "metrics.jsonl"."""
     import jax
 
-    from picogpt_jax.checkpoint import Checkpoints
-    from picogpt_jax.trainer import Trainer
+    from picogpt_jax.training.checkpoint import Checkpoints
+    from picogpt_jax.training.trainer import Trainer
 
     def arrays(workdir: Path) -> dict[str, Any]:
         with Checkpoints(workdir) as checkpoints:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check, the same on a laptop and in CI. Arguments go to pytest, with paths from the root of the repository:
-#   bash scripts/test.sh tests/test_metrics.py -k resume
+#   bash scripts/test.sh tests/training/test_metrics.py -k resume
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

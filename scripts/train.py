@@ -9,13 +9,15 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from picogpt_jax import cli, distributed
+from picogpt_jax import cli
 from picogpt_jax.config import Config
-from picogpt_jax.cpu import cores
-from picogpt_jax.devices import set_up_jax
+from picogpt_jax.devices import distributed
+from picogpt_jax.devices.cpu import cores
+from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import read_json
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.text.reading import vocabulary_of_data
+from picogpt_jax.text.vocabulary import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/ import configs.base
 
@@ -67,8 +69,8 @@ def address() -> tuple[str | None, int | None, int | None]:
 
 
 def run() -> None:
-    from picogpt_jax.orbax_io import silence_background_errors
-    from picogpt_jax.train import train  # after set_up_jax
+    from picogpt_jax.training.loop import train  # after set_up_jax
+    from picogpt_jax.training.orbax_io import silence_background_errors
 
     silence_background_errors()
     with distributed.together():
@@ -84,7 +86,7 @@ def configuration() -> tuple[Config, Vocabulary]:
     sections = cli.config_sections(CONFIG)
     if not sections["data"]["dir"]:
         raise UserError("--config.data.dir is needed: a folder with train.bin, val.bin and meta.json")
-    vocabulary = Vocabulary.from_data_dir(sections["data"]["dir"], sections["model"]["vocab_size"])
+    vocabulary = vocabulary_of_data(sections["data"]["dir"], sections["model"]["vocab_size"])
     complete(sections["model"], vocabulary)
     return Config.from_dict(sections), vocabulary
 
@@ -114,8 +116,8 @@ def complete(model: dict[str, Any], vocabulary: Vocabulary) -> None:
 
 
 def draw_loss(workdir: Path) -> None:
-    from picogpt_jax.metrics import METRICS_FILE
-    from picogpt_jax.plot import plot_loss
+    from picogpt_jax.training.metrics import METRICS_FILE
+    from picogpt_jax.training.plot import plot_loss
 
     try:
         plot_loss(workdir / METRICS_FILE, workdir / "loss.png", workdir.name)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, same, tiny_config
 
-from picogpt_jax.checkpoint import Checkpoints
-from picogpt_jax.layers import unstack
-from picogpt_jax.quantization import Mode
-from picogpt_jax.resume import begin
-from picogpt_jax.sharding import AXES, batch_sharding
-from picogpt_jax.sources import load_float
-from picogpt_jax.trainer import Trainer, TrainState
+from picogpt_jax.devices.sharding import AXES, batch_sharding
+from picogpt_jax.formats.sources import load_float
+from picogpt_jax.model.layers import unstack
+from picogpt_jax.model.quantization import Mode
+from picogpt_jax.training.checkpoint import Checkpoints
+from picogpt_jax.training.resume import begin
+from picogpt_jax.training.trainer import Trainer, TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from configs.base import get_config
-from picogpt_jax import devices
 from picogpt_jax.config import Config
-from picogpt_jax.vocabulary import Vocabulary
+from picogpt_jax.devices import setup
+from picogpt_jax.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_text("\n abcdefghij")  # 12 characters
 TEXT = "abcdefghij" * 40  # each character tells the next one
@@ -52,7 +52,7 @@ def write_data(folder: Path, train: str, val: str | None = None) -> Path:
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
     """Compiles in a third of the time, for tests that do not compare bits between two programs."""
-    with mock.patch.dict(devices.COMPILER_OPTIONS, xla_backend_optimization_level="0"):
+    with mock.patch.dict(setup.COMPILER_OPTIONS, xla_backend_optimization_level="0"):
         yield
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
-from picogpt_jax import cli, essays, prepare
+from picogpt_jax import cli
+from picogpt_jax.text import essays, prepare
 
 INPUT_FILE = flags.DEFINE_string("input_file", None, "UTF-8 text to use instead of fetching the essays.")
 OUT_DIR = flags.DEFINE_string("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")

@@ -1,0 +1,206 @@
+"""One int8 model in every runtime: whether the numbers are the same, and what each runtime costs.
+
+The reference is JAX's int8 pass, which is the network that was trained. All runtimes see the same windows, one batch
+after the other, and their logits are compared target by target. Speed and start are those of `scripts/sample.py`, run
+as a user runs it: a process of its own for each runtime, timed from its start to the characters that it prints.
+
+Shapes: B windows, T time, V vocabulary.
+"""
+
+import codecs
+import dataclasses
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from picogpt_jax.errors import UserError
+from picogpt_jax.text.batches import evaluation_windows, padded_windows
+from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
+
+REFERENCE = "jax"
+BATCH_SIZE = 32  # windows computed at once
+
+# token ids [B, T] -> float32 logits [B, T, V]
+Forward = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+# prompts [B, T], new tokens -> the prompts and their likeliest continuations [B, T + new]
+Continue = Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.integer]]
+
+
+@dataclasses.dataclass
+class Agreement:
+    """How one runtime's logits compare with the reference's.
+
+    Attributes:
+        loss: mean over the targets, nats.
+        largest_difference: max |logit - reference logit|.
+        same_next_token: share of the places where both find the same token the likeliest.
+    """
+
+    loss: float = 0.0
+    largest_difference: float = 0.0
+    same_next_token: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One process of `sample.py`.
+
+    Attributes:
+        first_token_seconds: from the start of the process to its first new character.
+        tokens_per_second: between its first and its last new characters.
+    """
+
+    first_token_seconds: float
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, arrivals: Sequence[tuple[float, int]]) -> "Start":
+        """From (seconds since the start, new characters so far) of each arrival; one arrival alone has no rate: 0."""
+        (first, already), (last, in_all) = arrivals[0], arrivals[-1]
+        return cls(first, (in_all - already) / (last - first) if last > first else 0.0)
+
+
+def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], block_size: int) -> dict[str, Agreement]:
+    """Compares every runtime with `forwards[REFERENCE]` in one pass over `ids`, every target once.
+
+    Args:
+        forwards: runtime -> its forward pass.
+        ids: token ids [N]; N - 1 targets.
+        block_size: tokens of a window.
+    """
+    results = {name: Agreement() for name in forwards}
+    n_targets = len(ids) - 1
+    for starts in evaluation_windows(len(ids), block_size, BATCH_SIZE):
+        tokens_BT, targets_BT = padded_windows(ids, starts, block_size)
+        counted_BT = targets_BT >= 0
+        targets_N = targets_BT[counted_BT]
+        reference_NV = np.asarray(forwards[REFERENCE](tokens_BT.astype(np.int64)), np.float32)[counted_BT]
+        for name, forward in forwards.items():
+            logits_NV = reference_NV
+            if name != REFERENCE:
+                logits_NV = np.asarray(forward(tokens_BT.astype(np.int64)), np.float32)[counted_BT]
+            result, share = results[name], len(targets_N) / n_targets
+            result.loss += float(losses(logits_NV, targets_N).mean()) * share
+            difference = float(np.abs(logits_NV - reference_NV).max())
+            result.largest_difference = max(result.largest_difference, difference)
+            result.same_next_token += float((logits_NV.argmax(-1) == reference_NV.argmax(-1)).mean()) * share
+    return results
+
+
+def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood of each target in nats, [N], in float64."""
+    shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
+    return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
+
+
+def same_texts(
+    continues: Mapping[str, Continue], ids: npt.NDArray[np.integer], prompts: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, float]:
+    """The share of prompts that a runtime continues, greedily, with exactly the reference's text.
+
+    The prompts are taken from `ids` at even distances.
+
+    Raises:
+        UserError: `ids` has no room for so many prompts.
+    """
+    last = len(ids) - prompt_tokens
+    if last + 1 < prompts:
+        raise UserError(f"{len(ids)} tokens hold no {prompts} prompts of {prompt_tokens}; ask for fewer, or more text")
+    starts = np.linspace(0, last, prompts).astype(np.int64)
+    prompts_BT = np.stack([ids[start : start + prompt_tokens] for start in starts]).astype(np.int64)
+    texts = {name: np.asarray(go_on(prompts_BT, new_tokens)) for name, go_on in continues.items()}
+    return {name: float((text == texts[REFERENCE]).all(-1).mean()) for name, text in texts.items()}
+
+
+def time_process(command: Sequence[str], prompt_characters: int) -> Start:
+    """Runs a command that prints its prompt and then new characters; times their arrival on its standard output.
+
+    Raises:
+        UserError: the command fails, or prints nothing after its prompt; the message is the command's own.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    output = process.stdout.fileno()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    arrivals: list[tuple[float, int]] = []  # seconds since the start, new characters so far
+    printed = 0
+    while piece := os.read(output, 1 << 16):  # as soon as it is there
+        printed += len(decoder.decode(piece))
+        if printed > prompt_characters:
+            arrivals.append((time.perf_counter() - began, printed - prompt_characters))
+    _, error = process.communicate()
+    if process.returncode or not arrivals:
+        lines = error.decode(errors="replace").strip().splitlines() or ["it printed nothing"]
+        raise UserError(f"{' '.join(map(str, command))}: {lines[-1].removeprefix('error: ')}")
+    return Start.of(arrivals)
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+# How a figure is printed: key of a row -> (heading, format).
+COLUMNS = {
+    "loss": ("loss", ".6f"),
+    "loss_difference": ("- jax", "+.1e"),
+    "largest_difference": ("largest logit diff.", ".1e"),
+    "same_next_token": ("same next token", ".3%"),
+    "same_texts": ("same text", ".0%"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "first_token_seconds": ("first token s", ".2f"),
+    "bytes": ("bytes", ",d"),
+}
+
+
+# What is drawn: key of a row -> (its panel's title, on a logarithmic scale).
+PANELS = (
+    ("loss_difference", "|loss - JAX's|, nats", True),
+    ("largest_difference", "largest logit difference", True),
+    ("same_next_token", "same next token", False),
+    ("tokens_per_second", "tokens/s, one stream", False),
+    ("first_token_seconds", "seconds to the first token, cold start", False),
+    ("bytes", "bytes on disk", False),
+)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as aligned text; what a row lacks stays blank."""
+    cells = [["runtime", *(heading for heading, _ in COLUMNS.values())]]
+    for row in rows:
+        values = [(row.get(key), style) for key, (_, style) in COLUMNS.items()]
+        cells.append([row["runtime"], *("" if value is None else format(value, style) for value, style in values)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], title: str) -> None:
+    """Draws one panel a figure, one bar a runtime.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    with styled_figure(10, 5.5) as figure:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        grid: Any = figure.subplots(2, 3)
+        for axes, (key, heading, logarithmic) in zip(grid.flat, PANELS, strict=True):
+            names = [row["runtime"] for row in rows if row.get(key) is not None]
+            values = [abs(row[key]) for row in rows if row.get(key) is not None]
+            bars = axes.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
+            form = COLUMNS[key][1].lstrip("+")
+            axes.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize=9)
+            axes.set_title(heading, fontsize=10)
+            axes.set_xscale("symlog", linthresh=1e-8) if logarithmic else None
+            axes.margins(x=0.4)
+            axes.invert_yaxis()
+            axes.xaxis.set_visible(False)
+            axes.tick_params(length=0)
+    save_png(figure, png_path)

@@ -1,0 +1,1 @@
+"""Devices: which there are, their mesh, processes, processors and chips."""

@@ -1,0 +1,78 @@
+"""JAX set-up of a program: which platform, how many CPU devices, the compilation cache, XLA's options."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from picogpt_jax.devices.cpu import cores
+from picogpt_jax.errors import UserError
+
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+
+# By default XLA may leave out the rounding to bfloat16 between two operations, and where it does depends on the code
+# around them: training and serving would not give the same bits.
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+# XLA hands CPU matmuls and reductions to YNNPACK. Its int8 products are fast; its reductions, split from the
+# element-wise work around them, made a training step 8% slower than XLA's own loops (350 and 380 ms, jaxlib 0.10.2).
+CPU_COMPILER_OPTIONS: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+# XLA's passes that are left out on CPU: one removes the barriers that `kernels.barriers` sets; the other adds up
+# more than 32 terms in two stages, for precision, in slow loops of their own.
+BARRIER_PASS, TWO_STAGE_SUM_PASS = "cse_barrier_expander", "tree_reduction_rewriter"
+SHORT_SUM = 1 << 20  # terms: so many squares of normal numbers, added up in one float32 loop, are wrong by 1e-5
+
+
+def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
+    """Selects the platform; must run before anything else touches JAX.
+
+    Args:
+        device: "auto" takes an accelerator where JAX finds one.
+        cpu_devices: XLA devices on CPU; None: JAX_NUM_CPU_DEVICES, else one per core, because every device runs its
+            share of the batch, element-wise work included, on a core of its own.
+
+    Raises:
+        UserError: JAX finds no such device.
+    """
+    if device == "auto" and _only_cpu():
+        device = "cpu"
+    if device != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}[device])
+    if cpu_devices is None and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        cpu_devices = cores()
+    if cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "picogpt_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={device}: JAX finds none ({reason}); use --device=cpu or --device=auto") from None
+
+
+def _only_cpu() -> bool:
+    """Whether libtpu is installed for its compiler alone: asked for devices, it would complain at length."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return False
+    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("*"))
+    return not has_tpu and importlib.util.find_spec("jax_plugins") is None
+
+
+def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool]:
+    """Options for `jax.jit`.
+
+    Args:
+        platform: of the devices; None: the one at hand.
+        longest_sum: terms of the longest sum in the program; None: it may be long. On CPU short ones are added up in
+            one loop, which saves a training step 5% and a step of generation 20%.
+    """
+    if (platform or jax.default_backend()) != "cpu":
+        return COMPILER_OPTIONS
+    is_short = longest_sum is not None and longest_sum <= SHORT_SUM
+    left_out = [BARRIER_PASS] + [TWO_STAGE_SUM_PASS] * is_short
+    return COMPILER_OPTIONS | CPU_COMPILER_OPTIONS | {"xla_disable_hlo_passes": ",".join(left_out)}

@@ -1,0 +1,1 @@
+"""Formats: what is read from others and written for them."""

@@ -1,0 +1,64 @@
+"""A vocabulary as Hugging Face's tokenizer files (standard library only); one that came from there goes back unchanged.
+
+Characters become a byte-pair model without merges: each is a word of its own, with our id. Nothing is normalised,
+split, added or stripped, so `decode(encode(text)) == text`. A character outside the vocabulary raises (`Unk token ...
+not found in the vocabulary`): no id could stand for it, and without an unknown token it would vanish silently.
+"""
+
+import json
+from typing import Any
+
+from picogpt_jax.text.tokenizer import TokenizerVocabulary
+from picogpt_jax.text.vocabulary import Vocabulary
+
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+# Longer than any entry of the vocabulary, so that it is in none: looking it up is what raises.
+UNKNOWN_TOKEN = "[character outside the vocabulary]"
+
+
+def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
+    """File name -> JSON value, for `tokenizers.Tokenizer.from_file` and `transformers.AutoTokenizer.from_pretrained`.
+
+    Args:
+        vocabulary: its ids are the token ids.
+        block_size: the longest text that the model takes; transformers warns of a longer one.
+    """
+    vocabulary.require_text()
+    if isinstance(vocabulary, TokenizerVocabulary):
+        tokenizer = json.loads(vocabulary.definition)
+    else:
+        tokenizer = _of_characters(vocabulary)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,  # it would take away the space before a full stop
+    }
+    return {TOKENIZER_FILE: tokenizer, TOKENIZER_CONFIG_FILE: config}
+
+
+def _of_characters(vocabulary: Vocabulary) -> dict[str, Any]:
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": UNKNOWN_TOKEN,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {char: index for index, char in enumerate(vocabulary.itos)},
+        "merges": [],
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},  # the default puts a space between tokens
+        "model": model,
+    }

@@ -1,0 +1,86 @@
+"""Hugging Face's GPT-2: which of its tensors is which of ours, and the folder that `AutoModelForCausalLM` loads.
+
+    model.safetensors                      float32 tensors of `GPT2LMHeadModel`, the tied head stored once
+    config.json, generation_config.json    `picogpt_jax.formats.hf_config`
+    tokenizer.json, tokenizer_config.json  `picogpt_jax.formats.hf_tokenizer`
+
+The names are ours, which are nanoGPT's, which are GPT-2's. Two things differ: linear layers are `Conv1D` there, with
+weights [in, out] (transformers, pytorch_utils.py), and each has a bias, as the LayerNorms have: zero where ours has
+none. From an int8 model the weights are exactly code * scale. Transformers then computes in float, without int8
+activations: its logits are those of the same model with `activation_bits=None`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from picogpt_jax.config import ModelConfig
+from picogpt_jax.files import atomic_folder, check_replaceable, write_json
+from picogpt_jax.formats.hf_config import generation_config, gpt2_config
+from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model
+from picogpt_jax.int8.layout import check_finite, check_layout, float_layout, layout_of
+from picogpt_jax.text.vocabulary import Vocabulary
+
+TENSORS_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE = "model.safetensors", "config.json", "generation_config.json"
+
+
+def hf_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
+    """All tensors of a `GPT2LMHeadModel`: our name -> (its name, whether it is [in, out] there).
+
+    Every bias is listed, also where `model.bias` is false. `lm_head.weight` is `transformer.wte.weight` and not listed.
+    """
+    names = {f"{name}.weight": (f"{name}.weight", name not in EMBEDDINGS) for name in model.matrix_shapes()}
+    vectors = dataclasses.replace(model, bias=True).vector_shapes()
+    return names | {name: (name, False) for name in vectors}
+
+
+def dequantized(model: Int8Model) -> dict[str, np.ndarray]:
+    """The float32 parameters that an int8 model stands for, under our names: codes * scale, and the vectors."""
+    return {f"{name}.weight": matrix.dequantize() for name, matrix in model.matrices.items()} | model.vectors
+
+
+def hf_tensors(model: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a `GPT2LMHeadModel`, float32.
+
+    Args:
+        arrays: exactly `float_layout(model)`; matrices [out, in].
+
+    Raises:
+        UserError: a tensor is unknown, missing, of another type or shape, or holds a value that is not finite.
+    """
+    check_layout(layout_of(arrays), float_layout(model))
+    shapes = dataclasses.replace(model, bias=True).vector_shapes()
+    tensors = {}
+    for name, (hf_name, transposed) in hf_names(model).items():
+        array = arrays[name] if name in arrays else np.zeros(shapes[name], np.float32)
+        check_finite(name, array)
+        tensors[hf_name] = np.ascontiguousarray(array.T if transposed else array)
+    return tensors
+
+
+def save_huggingface(
+    model: ModelConfig, arrays: Mapping[str, np.ndarray], vocabulary: Vocabulary, folder: str | os.PathLike[str]
+) -> None:
+    """Writes the folder in one step; an earlier one is replaced as a whole.
+
+    Args:
+        arrays: see `hf_tensors`.
+
+    Raises:
+        UserError: the tensors are not the model's, or `folder` cannot be written or holds other files.
+    """
+    documents = {
+        CONFIG_FILE: gpt2_config(model),
+        GENERATION_CONFIG_FILE: generation_config(model),
+        **tokenizer_files(vocabulary, model.block_size),
+    }
+    check_replaceable(folder, {TENSORS_FILE, *documents})
+    tensors = hf_tensors(model, arrays)
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / TENSORS_FILE, metadata={"format": "pt"})
+        for name, document in documents.items():
+            write_json(temporary / name, document)

@@ -1,0 +1,73 @@
+"""The int8 model as a folder for ONNX Runtime (extra: onnx), with the inputs and outputs that Optimum gives a GPT-2.
+
+    model.onnx                             the graph and the int8 codes; our config.json and vocab.json in its metadata
+    config.json, generation_config.json    `picogpt_jax.formats.hf_config`
+    tokenizer.json, tokenizer_config.json  `picogpt_jax.formats.hf_tokenizer`
+
+The graph is `picogpt_jax.formats.onnx_graph`.
+"""
+
+import json
+import os
+
+try:
+    import onnx
+    from onnx import helper
+except ImportError as error:
+    raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
+
+from picogpt_jax import __version__
+from picogpt_jax.files import atomic_folder, check_replaceable, write_json
+from picogpt_jax.formats.hf_config import generation_config, gpt2_config
+from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.onnx_graph import GraphBuilder, Weights
+from picogpt_jax.int8.int8_model import Int8Model, config_to_json
+from picogpt_jax.runtimes.onnx_model import METADATA_KEY, MODEL_FILE
+
+OPSET, IR_VERSION = 20, 9  # of ONNX 1.15, the first with Gelu
+FAST_OPSET, FAST_IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
+CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
+
+
+def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
+    """Writes the folder in one step; an earlier one is replaced as a whole.
+
+    Args:
+        exact: LayerNorm, attention and tanh in float64, as JAX computes them; else in float32.
+
+    Raises:
+        UserError: `folder` cannot be written or holds other files.
+    """
+    documents = {
+        CONFIG_FILE: gpt2_config(model.model),
+        GENERATION_CONFIG_FILE: generation_config(model.model),
+        **tokenizer_files(model.vocabulary, model.model.block_size),
+    }
+    check_replaceable(folder, {MODEL_FILE, *documents})
+    content = onnx_model(model, exact=exact).SerializeToString()
+    with atomic_folder(folder) as temporary:
+        (temporary / MODEL_FILE).write_bytes(content)
+        for name, document in documents.items():
+            write_json(temporary / name, document)
+
+
+def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) -> onnx.ModelProto:
+    """The checked graph.
+
+    Args:
+        exact: as in `save_onnx`.
+        weights: "float": the same graph with the dequantized weights in float32, as a measure for the int8 one.
+    """
+    graph = GraphBuilder(model, weights, exact).build()
+    opset, ir_version = (OPSET, IR_VERSION) if exact else (FAST_OPSET, FAST_IR_VERSION)
+    proto = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+        producer_name="picogpt_jax",
+        producer_version=__version__,
+    )
+    metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
+    helper.set_model_props(proto, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
+    onnx.checker.check_model(proto, full_check=True)
+    return proto

@@ -1,0 +1,350 @@
+"""The int8 model as an ONNX graph (extra: onnx).
+
+    input_ids, position_ids int64 [B, T], attention_mask int64 [B, S],
+    past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
+    -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
+
+One more input need not be given, `logits_to_keep` int64 [1]: the logits of so many last positions are computed, which
+spares the last layer the other ones; 0, the default, is all of them (as in transformers' `forward`).
+
+Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
+the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
+again, and its sum is exact. Unsigned activations times signed weights are ONNX Runtime's fast kernel. On x86 CPUs with
+AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
+an exact one, which is slower with VNNI (`picogpt_jax.runtimes.onnx_session` sets it where it is needed).
+
+The float steps round where JAX does (`picogpt_jax.model.rounding`). LayerNorm, attention and the tanh form of GELU are
+computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With
+`exact=False` all of them are its own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128 by
+one node too, and the scales are fused with the product: faster, and now and then another token where two are almost
+equally likely.
+
+Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
+Runtime computes once, when it loads the model.
+
+Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as error:
+    raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
+
+from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
+
+ZERO_POINT = np.uint8(128)
+SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
+NARROW = 512  # outputs of a product
+WHOLE = slice(None)
+TO_THE_END = np.iinfo(np.int64).max
+SMALLEST_LOG = np.float64(-700)  # exp of it is about 1e-304, a normal number that adds nothing to a sum of weights
+HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
+
+Weights = Literal["int8", "float"]
+
+
+class GraphBuilder:
+    """Adds nodes in the order of computation; every method takes and returns names of values."""
+
+    def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
+        self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
+        self.nodes: list[onnx.NodeProto] = []
+        # Values that are computed where they are first needed.
+        self.computed_one = ""
+        self.zero_points = ""  # of the tokens that are still computed
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def build(self) -> onnx.GraphProto:
+        """The whole model."""
+        config = self.config
+        inputs, outputs = self.signature()
+        self.constant("logits_to_keep", np.zeros(1, np.int64))  # the default of an input
+        first_kept = self.add("Neg", "logits_to_keep")  # -0 is the first of all
+        x_BTC = self.add("Add", self.lookup("wte", "input_ids"), self.lookup("wpe", "position_ids"))
+        mask_B1TS = self.mask()
+        for layer in range(config.n_layer):
+            is_last = layer == config.n_layer - 1
+            x_BTC = self.block(x_BTC, mask_B1TS, layer, first_kept if is_last else None)
+        self.matmul(self.layer_norm(x_BTC, "transformer.ln_f"), "transformer.wte", output="logits")
+        return helper.make_graph(self.nodes, "picogpt", inputs, outputs, list(self.initializers.values()))
+
+    def signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+        """The inputs and outputs, as Optimum names them."""
+        config, info = self.config, helper.make_tensor_value_info
+        time, total = ["batch_size", "sequence_length"], "past_sequence_length + sequence_length"
+        past: list[str | int | None] = ["batch_size", config.n_head, "past_sequence_length", config.head_size]
+        present = [*past[:2], total, config.head_size]
+        inputs = [
+            info("input_ids", TensorProto.INT64, time),
+            info("attention_mask", TensorProto.INT64, ["batch_size", total]),
+            info("position_ids", TensorProto.INT64, time),
+        ]
+        outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "kept_sequence_length", config.vocab_size])]
+        for layer in range(config.n_layer):
+            for part in ("key", "value"):
+                inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
+                outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
+        return [*inputs, info("logits_to_keep", TensorProto.INT64, [1])], outputs
+
+    def constant(self, name: str, value: npt.ArrayLike) -> str:
+        """An initializer, stored once under its name."""
+        if name not in self.initializers:
+            array = np.asarray(value)
+            self.initializers[name] = numpy_helper.from_array(array.copy(order="C"), name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """An int64 initializer [n]."""
+        return self.constant("integers_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        """A node with one output; returns its name."""
+        name = output or f"{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def lookup(self, table: Literal["wte", "wpe"], ids: str) -> str:
+        """The rows `ids` of an embedding, float32."""
+        name, matrix = f"transformer.{table}", self.model.matrices[f"transformer.{table}"]
+        if self.is_float:
+            return self.add("Gather", self.constant(f"{name}.weight", matrix.dequantize()), ids)
+        # A small table is dequantized as a whole, which ONNX Runtime does once, when it loads the model.
+        is_small = len(matrix.codes) <= SMALL_TABLE
+        codes, scale = self.constant(f"{name}.weight", matrix.codes), self.scale(name)
+        if not is_small:
+            codes = self.add("Gather", codes, ids)
+            scale = self.add("Gather", scale, ids) if len(matrix.scale) > 1 else scale
+        if len(matrix.scale) > 1:
+            scale = self.add("Unsqueeze", scale, self.integers(-1))
+        rows = self.add("Mul", self.cast(codes, TensorProto.FLOAT), scale)
+        return self.add("Gather", rows, ids) if is_small else rows
+
+    def scale(self, name: str, part: slice = WHOLE, label: str = "") -> str:
+        """The scales of a matrix, [out] or [1]."""
+        scale = self.model.matrices[name].scale[:, 0]
+        return self.constant(f"{name}.weight_scale{label}", scale[part] if len(scale) > 1 else scale)
+
+    def matmul(self, x: str, name: str, output: str | None = None) -> str:
+        """float32 [..., in] -> [..., out]: x times the matrix `name`, plus its bias."""
+        return self.product(self.operand(x, name), name, output=output)
+
+    def operand(self, x: str, name: str) -> tuple[str, ...]:
+        """What is multiplied by the matrix `name`: codes and scales, or `x` itself."""
+        if self.is_float or self.model.quantization.activation_bits is None:
+            return (x,)
+        return self.quantize(x, self.model.matrices[name].codes.shape[1])
+
+    def product(
+        self, operand: tuple[str, ...], name: str, part: slice = WHOLE, label: str = "", output: str | None = None
+    ) -> str:
+        """The operand times a part of the outputs of the matrix `name`, which gets a label, plus its bias."""
+        matrix, bias = self.model.matrices[name], self.model.vectors.get(f"{name}.bias")
+        if name == "transformer.wte":  # stored for the lookup
+            weight = self.add("Transpose", f"{name}.weight", perm=[1, 0])
+        else:
+            values = matrix.dequantize() if self.is_float else matrix.codes
+            weight = self.constant(f"{name}.weight{label}", values[part].T)
+        last = None if bias is not None else output
+        if self.is_float:
+            y = self.add("MatMul", *operand, weight, output=last)
+        elif len(operand) == 1:
+            product = self.add("MatMul", *operand, self.add("Cast", weight, to=TensorProto.FLOAT))
+            y = self.add("Mul", product, self.scale(name, part, label), output=last)
+        else:
+            codes, scale = operand
+            product = self.add("MatMulInteger", codes, weight, self.constant("zero_point", ZERO_POINT))
+            product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
+            # ONNX Runtime would take a bias into the product, and add it before the scales.
+            is_one_node = len(matrix.codes[part]) <= NARROW and bias is None
+            if self.exact:  # in the order in which JAX rounds
+                y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
+            elif is_one_node:  # of ONNX Runtime, product and scales
+                y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
+            else:  # without the tokens' scales
+                fused = self.add("Mul", product, self.add("Mul", self.one(), weight_scale))
+                y = self.add("Mul", fused, scale, output=last)
+        if bias is None:
+            return y
+        return self.add("Add", y, self.constant(f"{name}.bias{label}", bias[part]), output=output)
+
+    def one(self) -> str:
+        """A 1 that no optimizer knows.
+
+        ONNX Runtime fuses a product with a computed scale of the activations only. That could be the tokens' scales,
+        but by those it multiplies in a single thread, which takes longer than another node where rows are wide.
+        """
+        if not self.computed_one:
+            batch = self.add("Shape", "input_ids", start=0, end=1)
+            self.computed_one = self.cast(self.add("GreaterOrEqual", batch, self.integers(0)), TensorProto.FLOAT)
+        return self.computed_one
+
+    def quantize(self, x: str, width: int) -> tuple[str, str]:
+        """One scale a token: the codes as uint8 [B, T, in] with zero point 128, and the scales [B, T, 1].
+
+        No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127.
+        """
+        absmax = self.add("ReduceMax", self.add("Abs", x), self.integers(-1))
+        step = self.constant("step", np.float32(1 / MAX_CODE))
+        if not self.exact:
+            # x / scale in one node. A token of zeros has the scale 0: whatever its codes are, their product is 0.
+            scale = self.add("Mul", absmax, step)
+            self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
+            return self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width), scale
+        # An absmax below the smallest is raised to it; it belongs to a token of (as good as) zeros.
+        absmax = self.add("Clip", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
+        scale = self.add("Mul", absmax, step)
+        scaled = self.add("Mul", x, self.add("Reciprocal", scale))
+        unit, zero_point = self.constant("unit", np.float32(1)), self.constant("zero_point", ZERO_POINT)
+        return self.add("QuantizeLinear", scaled, unit, zero_point), scale
+
+    def each_token(self, value: np.generic) -> str:
+        """`value` for each token, [B, T, 1]."""
+        shape = self.add("Shape", self.add("Unsqueeze", "input_ids", self.integers(-1)))
+        return self.filled(shape, value.reshape(1))
+
+    def layer_norm(self, x: str, name: str) -> str:
+        """LayerNorm over the last dimension."""
+        vectors, epsilon = self.model.vectors, self.config.layer_norm_epsilon
+        names = [name for name in (f"{name}.weight", f"{name}.bias") if name in vectors]
+        weight, *bias = (self.constant(name, vectors[name]) for name in names)
+        if not self.exact:
+            return self.add("LayerNormalization", x, weight, *bias, axis=-1, epsilon=epsilon)
+        # ONNX Runtime's LayerNormalization takes three times as long in float64.
+        x, weight, *bias = (self.cast(value, TensorProto.DOUBLE) for value in (x, weight, *bias))
+        centred = self.add("Sub", x, self.add("ReduceMean", x, self.integers(-1)))
+        variance = self.add("ReduceMean", self.add("Mul", centred, centred), self.integers(-1))
+        raised = self.add("Add", variance, self.constant("epsilon", np.float64(epsilon)))
+        y = self.add("Mul", self.add("Div", centred, self.add("Sqrt", raised)), weight)
+        return self.cast(self.add("Add", y, *bias) if bias else y, TensorProto.FLOAT)
+
+    def cast(self, x: str, dtype: int) -> str:
+        """`x` in another type."""
+        return self.add("Cast", x, to=dtype)
+
+    def filled(self, shape: str, value: npt.NDArray[Any]) -> str:
+        """A tensor of this shape, all `value` [1]."""
+        return self.add("ConstantOfShape", shape, value=numpy_helper.from_array(value))
+
+    def mask(self) -> str:
+        """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
+
+        Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
+        """
+        hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
+        # Of a full window, 4 or 8 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
+        # Its last rows and columns are the mask of fewer positions among themselves; they see all of the past.
+        block_size = self.config.block_size
+        everywhere = self.filled(self.integers(block_size, block_size), hidden)
+        full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
+        queries = self.add("Shape", "input_ids", start=1, end=2)
+        starts = self.add("Neg", self.add("Concat", queries, queries, axis=0))
+        causal_TT = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
+        past = self.add("Shape", "past_key_values.0.key", start=2, end=3)
+        pads = self.add("Concat", self.integers(0), past, self.integers(0, 0), axis=0)
+        causal_TS = self.add("Pad", causal_TT, pads)
+        admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
+        padding_BS = self.add(
+            "Where", admitted_BS, self.constant("visible", np.zeros_like(hidden)), self.constant("hidden", hidden)
+        )
+        return self.add("Min", causal_TS, self.add("Unsqueeze", padding_BS, self.integers(1, 2)))
+
+    def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
+        """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
+        name = f"transformer.h.{layer}"
+        y_BTC = self.attention(self.layer_norm(x_BTC, f"{name}.ln_1"), mask_B1TS, layer, first_kept)
+        if self.zero_points:
+            self.zero_points = self.kept(self.zero_points, 1, first_kept)
+        x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
+        hidden = self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        hidden = self.activation(hidden)
+        return self.add("Add", x_BTC, self.matmul(hidden, f"{name}.mlp.c_proj"))
+
+    def activation(self, x: str) -> str:
+        """What stands between the two products of the multilayer perceptron."""
+        if self.config.activation == "relu":
+            return self.add("Relu", x)
+        if self.config.activation == "gelu":
+            return self.add("Gelu", x)  # ONNX Runtime has no error function in float64
+        if not self.exact:
+            return self.add("Gelu", x, approximate="tanh")
+        # x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+        x = self.cast(x, TensorProto.DOUBLE)
+        linear = np.float64(-2 * math.sqrt(2 / math.pi))
+        slope = self.add("Mul", self.add("Mul", x, x), self.constant("gelu_cubic", 0.044715 * linear))
+        exponent = self.add("Mul", x, self.add("Add", slope, self.constant("gelu_linear", linear)))
+        y = self.add("Div", x, self.add("Add", self.add("Exp", exponent), self.constant("one_float64", np.float64(1))))
+        return self.cast(y, TensorProto.FLOAT)
+
+    def attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
+        """Self-attention without its output projection, [B, T, C]; keys and values follow those of the past."""
+        mask_B1TS = self.kept(mask_B1TS, 2, first_kept)
+        return (self.exact_attention if self.exact else self.fused_attention)(x_BTC, mask_B1TS, layer, first_kept)
+
+    def fused_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
+        """One node."""
+        config, past, present = self.config, f"past_key_values.{layer}", f"present.{layer}"
+        name, width = f"transformer.h.{layer}.attn.c_attn", config.n_embd
+        operand = self.operand(x_BTC, name)
+        queries, *keys_and_values = (
+            self.product(
+                tuple(self.kept(value, 1, first_kept) for value in operand) if kind == "q" else operand,
+                name,
+                slice(index * width, (index + 1) * width),
+                f".{kind}",
+            )
+            for index, kind in enumerate("qkv")
+        )
+        inputs = [queries, *keys_and_values, mask_B1TS, f"{past}.key", f"{past}.value"]
+        outputs = [f"Attention_{layer}", f"{present}.key", f"{present}.value"]
+        node = helper.make_node(
+            "Attention", inputs, outputs, outputs[0], q_num_heads=config.n_head, kv_num_heads=config.n_head
+        )
+        self.nodes.append(node)
+        return outputs[0]
+
+    def exact_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
+        """In float64."""
+        config = self.config
+        heads = self.integers(0, 0, 3 * config.n_head, config.head_size)
+        qkv = self.add("Reshape", self.matmul(x_BTC, f"transformer.h.{layer}.attn.c_attn"), heads)
+        qkv = self.add("Transpose", qkv, perm=[0, 2, 1, 3])
+        q_BHTD, k_BHTD, v_BHTD = parts = [f"{kind}_{layer}" for kind in "qkv"]
+        self.nodes.append(helper.make_node("Split", [qkv], parts, name=f"Split_{layer}", axis=1, num_outputs=3))
+        past = f"past_key_values.{layer}"
+        k_BHSD = self.add("Concat", f"{past}.key", k_BHTD, axis=2, output=f"present.{layer}.key")
+        v_BHSD = self.add("Concat", f"{past}.value", v_BHTD, axis=2, output=f"present.{layer}.value")
+        q_BHTD = self.kept(q_BHTD, 2, first_kept)
+        k_BHDS = self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2])  # in float32, which is less to move
+        q_BHTD, k_BHDS, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHDS, v_BHSD))
+        # A vector: a scalar would be fused into the product as a float32 number.
+        score_scale = self.constant("score_scale", np.full(config.head_size, config.head_size**-0.5))
+        q_BHTD = self.add("Mul", q_BHTD, score_scale)
+        # ONNX Runtime up to 1.25 fuses a product with a transposition, and then lacks the kernel for float64: a Reshape
+        # that changes nothing keeps them apart.
+        k_BHDS = self.add("Reshape", k_BHDS, self.integers(0, 0, 0, -1))
+        scores = self.add("MatMul", q_BHTD, k_BHDS)
+        y_BHTD = self.weighted(self.add("Add", scores, mask_B1TS), v_BHSD)
+        y_BTHD = self.add("Transpose", y_BHTD, perm=[0, 2, 1, 3])
+        return self.add("Reshape", y_BTHD, self.integers(0, 0, config.n_embd))
+
+    def weighted(self, scores_BHTS: str, v_BHSD: str) -> str:
+        """The values weighted by the softmax of the scores, float32 [B, H, T, D]."""
+        # ONNX Runtime's Softmax is slow in float64, and Intel's processors where results are denormal numbers.
+        last = self.integers(-1)
+        below_BHTS = self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last))
+        weights = self.add("Exp", self.add("Max", below_BHTS, self.constant("smallest_log", SMALLEST_LOG)))
+        y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
+        return self.cast(y_BHTD, TensorProto.FLOAT)
+
+    def kept(self, value: str, axis: int, first_kept: str | None) -> str:
+        """`value` from the index `first_kept` on; all of it without one."""
+        if first_kept is None:
+            return value
+        return self.add("Slice", value, first_kept, self.integers(TO_THE_END), self.integers(axis))

@@ -1,0 +1,277 @@
+"""What `--model` and `--input` name: a workdir, an int8 folder, a PyTorch file, a Hugging Face folder, or an export.
+
+JAX and PyTorch are imported by the loaders that need them, so that each runtime starts without the others.
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from picogpt_jax.config import Config, ModelConfig, QuantConfig
+from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_huggingface
+from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
+from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
+from picogpt_jax.text.tokenizer import TOKENIZER_FILE, read_tokenizer
+from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
+
+if TYPE_CHECKING:
+    from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
+    from picogpt_jax.runtimes.numpy_model import NumpyGPT
+    from picogpt_jax.runtimes.onnx_model import OnnxGPT
+
+Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
+ONNX_FILE = "model.onnx"
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatModel:
+    """Float parameters and what belongs to them.
+
+    Attributes:
+        config: the model; `run` is the whole configuration where the source is a training of ours.
+        quant: how the training quantized, or how quantization after the training does it.
+        params: the parameter tree of `GPT`, float32.
+        step: optimizer steps made, before and after an import.
+        qat: whether these parameters were trained with our quantization in the forward pass.
+    """
+
+    config: ModelConfig
+    run: Config | None
+    quant: QuantConfig
+    params: Any
+    vocabulary: Vocabulary
+    step: int
+    val_loss: float | None
+    qat: bool
+
+
+def recognise(path: str | os.PathLike[str]) -> Kind:
+    """What lies at `path`.
+
+    Raises:
+        UserError: nothing does, or nothing that is known.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; expected a workdir, an int8 folder or a PyTorch .pt file, or a Hugging Face folder"
+        )
+    if is_int8_folder(path):
+        return "int8"
+    if (path / ONNX_FILE).is_file():
+        return "onnx"
+    if (path / "checkpoints").is_dir():
+        return "workdir"
+    if _is_gguf(path):
+        return "gguf"
+    if path.is_file():
+        from picogpt_jax.formats.torch_file import checkpoint_kind, is_torch_checkpoint
+
+        if is_torch_checkpoint(path):
+            kinds: dict[str, Kind] = {"int8": "torch-int8", "float": "torch-float", "picogpt-int8": "picogpt-int8"}
+            return kinds[checkpoint_kind(path)]
+    if is_huggingface_folder(path):
+        return "huggingface"
+    raise UserError(
+        f"{path} is not a model: expected a workdir of scripts/train.py (with checkpoints/), an int8 folder of "
+        "scripts/quantize.py (with model.safetensors and config.json), a PyTorch .pt file, a Hugging Face folder, an "
+        "ONNX folder or a GGUF file"
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def load_int8(path: str | os.PathLike[str]) -> Int8Model:
+    """The int8 model of an int8 folder or a PyTorch int8 file."""
+    kind = recognise(path)
+    if kind == "int8":
+        return load_int8_model(path)
+    if kind in ("torch-int8", "picogpt-int8"):
+        from picogpt_jax.formats.torch_int8_checkpoint import load_int8_checkpoint
+
+        return load_int8_checkpoint(path)
+    _refuse_export(path, kind)
+    raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
+
+
+def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> FloatModel:
+    """The float parameters of a workdir (its best checkpoint), a `ckpt.pt`, picoGPT's int8 file or a GPT-2 folder.
+
+    Args:
+        data_dir: has the vocabulary (meta.json, nanoGPT's meta.pkl or tokenizer.json) where the model has none.
+
+    Raises:
+        UserError: it is damaged or of another kind, has no vocabulary, or `data_dir` has another one.
+    """
+    kind = recognise(path)
+    if kind == "workdir":
+        source = _load_workdir(path)
+    elif kind in ("torch-float", "picogpt-int8"):
+        source = _load_torch(path, kind, data_dir)
+    elif kind == "huggingface":
+        source = _load_huggingface(path, data_dir)
+    else:
+        _refuse_export(path, kind)
+        raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
+    check_vocabulary(source.vocabulary, source.config, path, data_dir)
+    return source
+
+
+def check_vocabulary(
+    vocabulary: Vocabulary,
+    model: ModelConfig,
+    path: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+) -> None:
+    """Raises a UserError if the vocabulary is not as large as the model's table, or not that of `data_dir`."""
+    if vocabulary.size != model.vocab_size:
+        raise UserError(
+            f"{path} is a model of {model.vocab_size} tokens, its vocabulary has {vocabulary.size}; give --data the "
+            "folder of the data that it was trained on"
+        )
+    if data_dir is not None and not vocabulary.fits(vocabulary_of_data(data_dir, model.vocab_size)):
+        raise UserError(f"{path} has another vocabulary than --data={data_dir}; leave --data out")
+
+
+def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
+    """The model of an ONNX folder, ready to run."""
+    kind = recognise(path)
+    if kind != "onnx":
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=onnx --output=FOLDER"
+        raise UserError(f"--runtime=onnx takes an ONNX folder, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.runtimes.onnx_model import OnnxGPT
+
+    return OnnxGPT.load(path)
+
+
+def load_gguf(path: str | os.PathLike[str]) -> "LlamaCppGPT":
+    """The model of a GGUF file in llama.cpp."""
+    kind = recognise(path)
+    if kind != "gguf":
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        command = f"python scripts/convert.py --input={source} --to=gguf --output=FILE.gguf"
+        raise UserError(f"--runtime=llama.cpp takes a GGUF file, not {path} ({kind}); make one with: {command}")
+    from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
+
+    return LlamaCppGPT(path)
+
+
+def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
+    """What an exporter wrote is for one runtime alone."""
+    exports = {"onnx": "an ONNX folder, which --runtime=onnx", "gguf": "a GGUF file, which --runtime=llama.cpp"}
+    if kind in exports:
+        raise UserError(f"{path} is {exports[kind]} runs; here, give the int8 folder that it was made from")
+
+
+def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
+    """The model of an int8 folder, read by the NumPy runtime itself, and the folder's vocabulary."""
+    kind = recognise(path)
+    if kind != "int8":
+        raise UserError(
+            f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: "
+            "python scripts/quantize.py --workdir=WORKDIR --output=FOLDER"
+        )
+    from picogpt_jax.runtimes.numpy_model import NumpyGPT
+
+    model, vocabulary = NumpyGPT.load(path), load_vocabulary(Path(path) / VOCABULARY_FILE)
+    if vocabulary.size != model.vocab_size:
+        raise UserError(
+            f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
+        )
+    return model, vocabulary
+
+
+def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
+    import jax
+
+    from picogpt_jax.model import layers
+    from picogpt_jax.training.checkpoint import IMPORTED, Checkpoints
+    from picogpt_jax.training.trainer import Trainer
+
+    with Checkpoints(path) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(f"{path} holds no finished checkpoint yet; train until the first evaluation")
+        meta = checkpoints.meta(step)
+        run = Config.from_dict(meta["config"])
+        mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
+        plain = dataclasses.replace(run.train, attention="plain")  # the run's kernel may be of another device
+        trainer = Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1])
+        state = checkpoints.restore(trainer.abstract_state, step).state
+    imported = meta.get(IMPORTED)
+    vocabulary = vocabulary_from_json(meta["vocab"], f"the checkpoint of {path}")
+    if isinstance(vocabulary, TokenIds) and (Path(path) / TOKENIZER_FILE).is_file():
+        vocabulary = read_tokenizer(path, run.model.vocab_size)
+    return FloatModel(
+        config=run.model,
+        run=run,
+        quant=run.quant,
+        params=layers.unstack(state.params),
+        vocabulary=vocabulary,
+        step=imported["step"] if imported else step,
+        val_loss=meta["val_loss"],
+        qat=imported["quantization_aware"] if imported else _is_qat(run, step),
+    )
+
+
+def _is_qat(run: Config, step: int) -> bool:
+    return run.quant.mode == "int8" and step > run.quant.start_step
+
+
+def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.PathLike[str] | None) -> FloatModel:
+    from picogpt_jax.int8.convert import FLOAT, params_from_arrays
+
+    if kind == "picogpt-int8":
+        from picogpt_jax.formats.torch_int8_checkpoint import load_picogpt_int8
+
+        loaded = load_picogpt_int8(path)
+    else:
+        from picogpt_jax.formats.torch_checkpoint import load_float_checkpoint
+
+        loaded = load_float_checkpoint(path)
+    with errors_in(path):  # ours carries our configuration; nanoGPT's has no such sections
+        run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
+    vocabulary = loaded.vocabulary
+    if vocabulary is None and data_dir is not None:
+        vocabulary = vocabulary_of_data(data_dir, loaded.model.vocab_size, token_ids=False)
+    if vocabulary is None:
+        raise UserError(
+            f"{path} holds no vocabulary; make a workdir of it with scripts/convert.py --to=checkpoint --data=DIR, the "
+            "folder of the data that it was trained on"
+        )
+    return FloatModel(
+        config=loaded.model,
+        run=run,
+        quant=run.quant if run else FLOAT,
+        params=params_from_arrays(loaded.model, loaded.tensors),
+        vocabulary=vocabulary,
+        step=loaded.iter_num,
+        val_loss=loaded.best_val_loss if math.isfinite(loaded.best_val_loss) else None,
+        qat=run is not None and _is_qat(run, loaded.iter_num),
+    )
+
+
+def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> FloatModel:
+    from picogpt_jax.int8.convert import FLOAT, params_from_arrays
+
+    config, tensors = load_huggingface(path)
+    has_tokenizer = (Path(path) / TOKENIZER_FILE).is_file()
+    if has_tokenizer or data_dir is None:
+        vocabulary = read_tokenizer(path, config.vocab_size)
+    else:
+        vocabulary = vocabulary_of_data(data_dir, config.vocab_size, token_ids=False)
+    params = params_from_arrays(config, tensors)
+    return FloatModel(
+        config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False
+    )

@@ -1,0 +1,1 @@
+"""The portable int8 model."""

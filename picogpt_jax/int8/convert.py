@@ -1,0 +1,205 @@
+"""Between a training's parameters and the portable int8 model: AQT's converted tensors out, serving variables in."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from picogpt_jax.config import ModelConfig, QuantConfig
+from picogpt_jax.devices import sharding
+from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
+from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, converted, quantize
+from picogpt_jax.text.vocabulary import Vocabulary
+
+FLOAT = QuantConfig(mode="none", weight_granularity="per_channel", activation_bits=8, backward_bits=None, start_step=0)
+
+
+def module_path(name: str) -> tuple[str, ...]:
+    """nanoGPT's module name as a path in the parameter tree: transformer.h.0.attn.c_proj -> h_0, attn, c_proj."""
+    parts = name.removeprefix("transformer.").split(".")
+    return (f"h_{parts[1]}", *parts[2:]) if parts[0] == "h" else tuple(parts)
+
+
+def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _store(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def float_matrix(params: Any, name: str) -> npt.NDArray[np.float32]:
+    """The float matrix `name` as [out, in] (an embedding as [rows, C])."""
+    module = _lookup(params, module_path(name))
+    return np.asarray(module["embedding"]) if name in EMBEDDINGS else np.asarray(module["kernel"]).T
+
+
+def float_vector(params: Any, name: str) -> npt.NDArray[np.float32]:
+    """The vector `name`, such as transformer.ln_f.weight or transformer.h.0.mlp.c_fc.bias."""
+    module, kind = name.rsplit(".", 1)
+    leaf = "scale" if kind == "weight" else "bias"
+    return np.asarray(_lookup(params, module_path(module))[leaf])
+
+
+def int8_model(
+    config: ModelConfig, quant: QuantConfig, params: Any, vocabulary: Vocabulary, training: dict[str, Any]
+) -> Int8Model:
+    """Quantizes trained parameters with AQT's CONVERT pass: the codes that the QAT forward pass computed.
+
+    Args:
+        quant: the grid; where the run's `quant.mode` was "none", this is post-training quantization.
+        params: float32 parameters of `GPT`.
+        training: what to note about the run (step, val_loss, dataset, ...).
+    """
+    quant = dataclasses.replace(quant, mode="int8", backward_bits=None)
+    model = GPT(config, quant, "convert")
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    _, collections = jax.jit(lambda params: model.apply({"params": params}, tokens, mutable=["aqt"]))(params)
+    wpe = jax.jit(quantize, static_argnums=1)(params["wpe"]["embedding"], quant.weight_granularity)
+
+    matrices = {}
+    for name in config.matrix_shapes():
+        if name == "transformer.wpe":
+            tensor = wpe
+        else:
+            tensor = converted(_lookup(collections["aqt"], module_path(name)))
+            if name not in EMBEDDINGS:  # a kernel is [in, out]
+                tensor = QuantizedTensor(codes=tensor.codes.T, scale=tensor.scale.T)
+        matrices[name] = Int8Tensor(codes=np.ascontiguousarray(tensor.codes), scale=np.ascontiguousarray(tensor.scale))
+    return Int8Model(
+        model=config,
+        quantization=Quantization(weight_granularity=quant.weight_granularity, activation_bits=quant.activation_bits),
+        training=training,
+        vocabulary=vocabulary,
+        matrices=matrices,
+        vectors={name: float_vector(params, name) for name in config.vector_shapes()},
+    )
+
+
+def serving_quant(model: Int8Model) -> QuantConfig:
+    """The numerics of an int8 model as the `quant` section of a configuration."""
+    quantization = model.quantization
+    return dataclasses.replace(
+        FLOAT,
+        mode="int8",
+        weight_granularity=quantization.weight_granularity,
+        activation_bits=quantization.activation_bits,
+    )
+
+
+def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The variables of `GPT(..., mode="serve")`: int8 codes, their scales and the float vectors; no float matrix.
+
+    Args:
+        mesh: splits them by the table of `sharding`, codes [out, in] along the axes of the float kernel [in, out];
+            None: one device holds them.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axis.
+    """
+    axes: Any = None if mesh is None else sharding.logical_axes(abstract_parameters(model.model))
+
+    def put(array: npt.NDArray[Any], path: tuple[str, ...]) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(array)
+        names = _lookup(axes, path)[:: -1 if path[-1] == "kernel" else 1]
+        # A scale has one entry where the codes have the dimension that is summed over.
+        split = [None if size == 1 else axis for axis, size in zip(names, array.shape, strict=True)]
+        return jax.device_put(array, sharding.placement(split, "/".join(path), array.shape, mesh))
+
+    codes: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    for name, tensor in model.matrices.items():
+        path = (*module_path(name), "embedding" if name in EMBEDDINGS else "kernel")
+        _store(codes, path, QuantizedTensor(codes=put(tensor.codes, path), scale=put(tensor.scale, path)))
+    for name, vector in model.vectors.items():
+        module, kind = name.rsplit(".", 1)
+        path = (*module_path(module), "scale" if kind == "weight" else "bias")
+        _store(params, path, put(vector, path))
+    return {"params": params, INT8_COLLECTION: codes}
+
+
+def abstract_parameters(config: ModelConfig) -> Any:
+    """Shapes and logical axes of the float parameters, without computing them."""
+    init = GPT(config, FLOAT, "float").init
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def float_arrays(config: ModelConfig, params: Any) -> dict[str, npt.NDArray[np.float32]]:
+    """The parameters under nanoGPT's names, matrices [out, in]; without the tied `lm_head.weight`."""
+    arrays = {f"{name}.weight": np.ascontiguousarray(float_matrix(params, name)) for name in config.matrix_shapes()}
+    return arrays | {name: float_vector(params, name) for name in config.vector_shapes()}
+
+
+def params_from_arrays(config: ModelConfig, arrays: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+    """The inverse of `float_arrays`."""
+    params: dict[str, Any] = {}
+    for name in config.matrix_shapes():
+        array = jnp.asarray(arrays[f"{name}.weight"])
+        is_embedding = name in EMBEDDINGS
+        _store(
+            params, (*module_path(name), "embedding" if is_embedding else "kernel"), array if is_embedding else array.T
+        )
+    for name in config.vector_shapes():
+        module, kind = name.rsplit(".", 1)
+        _store(params, (*module_path(module), "scale" if kind == "weight" else "bias"), jnp.asarray(arrays[name]))
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """How well one matrix survived quantization.
+
+    Attributes:
+        codes_used: distinct codes out of 255.
+        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); the signal-to-quantization-noise ratio.
+        n_bytes: codes and scales.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scale_range: tuple[float, float]
+    codes_used: int
+    sqnr_db: float
+    n_bytes: int
+
+
+def report(params: Any, model: Int8Model) -> list[TensorReport]:
+    """Compares every int8 matrix with the float one it was made from."""
+    rows = []
+    for name, tensor in model.matrices.items():
+        weights = float_matrix(params, name).astype(np.float64)
+        noise = np.square(weights - tensor.dequantize()).sum()
+        rows.append(
+            TensorReport(
+                name=name,
+                shape=tensor.codes.shape,
+                scale_range=(float(tensor.scale.min()), float(tensor.scale.max())),
+                codes_used=len(np.unique(tensor.codes)),
+                sqnr_db=10.0 * math.log10(np.square(weights).sum() / noise) if noise else math.inf,
+                n_bytes=tensor.codes.nbytes + tensor.scale.nbytes,
+            )
+        )
+    return rows
+
+
+def report_table(rows: list[TensorReport]) -> str:
+    """`report` as lines of text."""
+    head = f"{'layer':32} {'shape':>12} {'scale from':>11} {'to':>9} {'codes':>6} {'SQNR dB':>8} {'bytes':>11}"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        low, high = row.scale_range
+        left = f"{row.name:32} {shape:>12} {low:11.2e} {high:9.2e}"
+        lines.append(f"{left} {row.codes_used:6d} {row.sqnr_db:8.2f} {row.n_bytes:11,}")
+    return "\n".join(lines)

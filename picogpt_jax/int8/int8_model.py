@@ -1,0 +1,332 @@
+"""The portable int8 model: the folder that every runtime and every exporter starts from (format version 1).
+
+    model.safetensors   int8 matrices [out, in], a float32 `<name>_scale` beside each, float32 vectors; nanoGPT's names
+    config.json         the architecture, how it is quantized, how it was trained
+    vocab.json          the vocabulary
+
+A value is code * scale, with codes in [-127, 127] and one scale per row ([rows, 1]) or per matrix ([1, 1]). The head is
+`transformer.wte` again and is not stored. Nothing here needs more than numpy and safetensors.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from picogpt_jax.config import Granularity, ModelConfig, section_from_dict
+from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.files import atomic_folder, read_json, write_json
+from picogpt_jax.int8.layout import (
+    SAFETENSORS_DTYPES,
+    check_depth,
+    check_finite,
+    check_layout,
+    check_names_occur_once,
+    int8_layout,
+    layout_of,
+)
+from picogpt_jax.text.reading import vocabulary_from_json
+from picogpt_jax.text.vocabulary import Vocabulary
+
+FORMAT = "picogpt-int8"
+FORMAT_VERSION = 1
+TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocab.json"
+MAX_CODE = 127
+EMBEDDINGS = ("transformer.wte", "transformer.wpe")
+
+
+# A matrix whose largest value is below this is one of zeros: 1 / scale would overflow float32.
+SMALLEST_ABSMAX = np.float32(2.0**-119)
+
+# The `quantization` section of config.json: key -> the values that this version computes.
+QUANTIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (8,),
+    "weight_granularity": ("per_channel", "per_tensor"),
+    "activation_bits": (8, None),
+    "activation_granularity": ("per_token",),
+    "symmetric": (True,),
+    "quantize_attention": (False,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What varies in how an int8 model computes: one scale per row or per matrix, and int8 or float32 activations."""
+
+    weight_granularity: Granularity
+    activation_bits: int | None
+
+    def __post_init__(self) -> None:
+        _check_quantization(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Int8Tensor:
+    """A matrix on an int8 grid.
+
+    Attributes:
+        codes: int8 [rows, cols], in [-127, 127].
+        scale: float32 [rows, 1], or [1, 1] for one scale in all.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, cols]: codes * scale."""
+        return self.codes.astype(np.float32) * self.scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Int8Model:
+    """A model as it is served. Construction checks every name, dtype, shape and value.
+
+    Attributes:
+        model: the architecture.
+        quantization: the granularity of the scales, and whether activations are int8.
+        training: where the model comes from (step, val_loss, dataset, ...); JSON values.
+        vocabulary: as many entries as `model.vocab_size`.
+        matrices: nanoGPT's name without `.weight` -> matrix; exactly `model.matrix_shapes()`.
+        vectors: LayerNorm weights and biases, float32; exactly `model.vector_shapes()`.
+
+    Raises:
+        UserError: on construction, naming the tensor, what was found and what was expected.
+    """
+
+    model: ModelConfig
+    quantization: Quantization
+    training: dict[str, Any]
+    vocabulary: Vocabulary
+    matrices: dict[str, Int8Tensor]
+    vectors: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if self.vocabulary.size != self.model.vocab_size:
+            raise UserError(
+                f"the vocabulary has {self.vocabulary.size} entries, but model.vocab_size={self.model.vocab_size}"
+            )
+        check_json("training", self.training)
+        tensors = self.tensors()
+        check_depth(self.model, tensors)
+        check_layout(layout_of(tensors), int8_layout(self.model, self.quantization.weight_granularity))
+        for name, array in tensors.items():
+            _check_values(name, array)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors under the names of `model.safetensors`."""
+        named = dict(self.vectors)
+        for name, matrix in self.matrices.items():
+            named[f"{name}.weight"] = matrix.codes
+            named[f"{name}.weight_scale"] = matrix.scale
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], model: ModelConfig, **fields: Any) -> "Int8Model":
+        """The inverse of `tensors`; `fields` are the attributes that hold no tensor."""
+        matrices = {
+            name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
+            for name in model.matrix_shapes()
+        }
+        vectors = {name: tensors[name] for name in model.vector_shapes()}
+        return cls(model=model, matrices=matrices, vectors=vectors, **fields)
+
+
+def check_json(name: str, value: Any) -> None:
+    """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is a {type(value).__name__}; expected a dict")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} cannot be written as JSON: {error}") from None
+
+
+def save_int8_model(model: Int8Model, folder: str | os.PathLike[str]) -> None:
+    """Writes the folder in one step; an existing one is replaced as a whole.
+
+    Raises:
+        UserError: `folder` is a file or cannot be written.
+    """
+    tensors = {name: np.ascontiguousarray(array) for name, array in model.tensors().items()}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / TENSORS_FILE, metadata={"format": "pt"})
+        write_json(temporary / CONFIG_FILE, config_to_json(model))
+        write_json(temporary / VOCABULARY_FILE, model.vocabulary.to_json())
+
+
+def load_int8_model(folder: str | os.PathLike[str]) -> Int8Model:
+    """Reads and checks the folder; no tensor is read before its header agrees with `config.json`.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another format or version, or anything in it is not as it must be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected one with {TENSORS_FILE}, {CONFIG_FILE}, {VOCABULARY_FILE}")
+    config = read_json(folder / CONFIG_FILE)
+    with errors_in(folder / CONFIG_FILE):
+        model, quantization, training = config_from_json(config)
+    vocabulary = vocabulary_from_json(read_json(folder / VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
+    with errors_in(folder / TENSORS_FILE):
+        tensors = _read_tensors(folder / TENSORS_FILE, model, quantization.weight_granularity)
+    with errors_in(folder):
+        return Int8Model.from_tensors(
+            tensors, model, quantization=quantization, training=training, vocabulary=vocabulary
+        )
+
+
+def is_int8_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` means to be an int8 folder; a damaged one counts, so that loading it can say what is wrong."""
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    try:
+        config = read_json(path / CONFIG_FILE)
+    except UserError:
+        return (path / TENSORS_FILE).is_file()
+    return isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def config_to_json(model: Int8Model) -> dict[str, Any]:
+    """The contents of config.json."""
+    varying = dataclasses.asdict(model.quantization)
+    quantization = {name: varying.get(name, choices[0]) for name, choices in QUANTIZATION_CHOICES.items()}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(model.model),
+        "quantization": quantization,
+        "training": model.training,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Document:
+    """The top level of config.json, its values not yet checked."""
+
+    format: Any
+    format_version: Any
+    model: Any
+    quantization: Any
+    training: Any
+
+
+def config_from_json(value: Any) -> tuple[ModelConfig, Quantization, dict[str, Any]]:
+    """Reads what `config_to_json` wrote.
+
+    Raises:
+        UserError: another format or version, an unknown or missing key, a value of the wrong type or out of range.
+    """
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != FORMAT:
+        raise UserError(f"format is {found!r}; expected {FORMAT!r}: this is another kind of model")
+    version = value.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(f"format_version is {version!r}; this picogpt_jax reads {FORMAT_VERSION}: update picogpt_jax")
+    document: _Document = section_from_dict(_Document, "config.json", value)
+    check_json("training", document.training)
+    model = section_from_dict(ModelConfig, "model", document.model)
+    return model, _quantization_from_json(document.quantization), document.training
+
+
+def _quantization_from_json(values: Any) -> Quantization:
+    if not isinstance(values, dict) or set(values) != set(QUANTIZATION_CHOICES):
+        found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"quantization is {found}; expected the keys {sorted(QUANTIZATION_CHOICES)}")
+    _check_quantization(values)
+    names = [field.name for field in dataclasses.fields(Quantization)]
+    return Quantization(**{name: values[name] for name in names})
+
+
+def _check_quantization(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        choices = QUANTIZATION_CHOICES[name]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise UserError(f"quantization.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def requantize_per_tensor(model: Int8Model) -> Int8Model:
+    """The same model with one scale per matrix, for readers that know no other; its codes and its numbers change.
+
+    Each matrix is dequantized and quantized again: scale = absmax / 127, codes = round_half_to_even(x * (1 / scale)).
+    """
+    if model.quantization.weight_granularity == "per_tensor":
+        return model
+    matrices = {name: _quantize_per_tensor(matrix.dequantize()) for name, matrix in model.matrices.items()}
+    quantization = dataclasses.replace(model.quantization, weight_granularity="per_tensor")
+    return dataclasses.replace(model, quantization=quantization, matrices=matrices)
+
+
+def _quantize_per_tensor(values: np.ndarray) -> Int8Tensor:
+    absmax = np.abs(values).max(keepdims=True)
+    scale = np.where(absmax < SMALLEST_ABSMAX, np.float32(1), absmax) / np.float32(MAX_CODE)
+    codes = np.rint(np.clip(values * (np.float32(1) / scale), -MAX_CODE, MAX_CODE))
+    return Int8Tensor(codes.astype(np.int8), scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+    """Bytes of the tensors of a model.
+
+    Attributes:
+        tensor_bytes: tensor name -> bytes, under the names of `model.safetensors`.
+        total_bytes: their sum.
+        float32_bytes: what the same parameters take in float32, the tied head counted once.
+        int8_share: share of the parameters that are int8 codes, in [0, 1].
+    """
+
+    tensor_bytes: dict[str, int]
+    total_bytes: int
+    float32_bytes: int
+    int8_share: float
+
+
+def size_report(model: Int8Model) -> SizeReport:
+    """How large the model is, tensor by tensor."""
+    tensor_bytes = {name: array.nbytes for name, array in model.tensors().items()}
+    n_codes = sum(matrix.codes.size for matrix in model.matrices.values())
+    n_parameters = model.model.n_parameters
+    return SizeReport(
+        tensor_bytes=tensor_bytes,
+        total_bytes=sum(tensor_bytes.values()),
+        float32_bytes=4 * n_parameters,
+        int8_share=n_codes / n_parameters,
+    )
+
+
+def file_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes on disk of the three files of an int8 folder."""
+    return sum((Path(folder) / name).stat().st_size for name in (TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE))
+
+
+def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> dict[str, np.ndarray]:
+    """Reads the tensors; safetensors checks that the header's sizes are those of the file, `check_layout` the rest."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            check_names_occur_once(path)
+            found = {}
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                header = file.get_slice(name)
+                dtype = header.get_dtype()
+                found[name] = (SAFETENSORS_DTYPES.get(dtype, dtype), tuple(header.get_shape()))
+            check_depth(model, found)
+            check_layout(found, int8_layout(model, granularity))
+            return {name: file.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is no readable safetensors file ({error}); write the model again") from None
+
+
+def _check_values(name: str, array: np.ndarray) -> None:
+    if array.dtype == np.int8:
+        if array.min() < -MAX_CODE:
+            raise UserError(f"{name} holds the code -128; expected codes in [-{MAX_CODE}, {MAX_CODE}]")
+        return
+    check_finite(name, array)
+    if name.endswith(".weight_scale") and not (array > 0).all():
+        raise UserError(f"{name} holds a scale of {array.min()}; expected positive scales")

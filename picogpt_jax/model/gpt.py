@@ -1,0 +1,340 @@
+"""The GPT: a GPT-2/nanoGPT pre-LayerNorm decoder in Flax linen, in float, in QAT and in int8, with one code path.
+
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, F hidden width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
+from picogpt_jax.devices.sharding import constrain
+from picogpt_jax.kernels.barriers import materialized, scaled
+from picogpt_jax.kernels.int8_product import is_int8_product
+from picogpt_jax.model import attention, rounding
+from picogpt_jax.model.dropout import DropoutKey, dropout
+from picogpt_jax.model.linear import Dense, Embedding, as_row
+from picogpt_jax.model.quantization import Mode
+
+# Keys and values [B, H, S, D] of one layer's earlier positions, their number, and `KVCache.exact`.
+LayerCache = tuple[Array, Array, Array, bool]
+
+FLOAT32 = jnp.dtype("float32")
+# "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
+# "dots" also keeps the results of the products with weights, which are most of that work.
+REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_int8_product
+    ),
+}
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+        layers: for each layer keys and values, [B, H, S, D] in the compute type; what lies beyond `length` is not read.
+        length: int32 scalar, positions filled.
+        exact: whether attention to them is as exact as to a window's own positions (`picogpt_jax.model.rounding`).
+    """
+
+    layers: tuple[tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]], ...]
+    length: Int[Array, ""]
+    exact: bool = struct.field(pytree_node=False, default=True)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, in float32 at least; the result in the compute type."""
+
+    epsilon: float
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"], exact: bool) -> Float[Array, "... C"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        vectors: list[Any] = [self.param("scale", init, (x.shape[-1],), jnp.float32)]
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+            vectors.append(self.param("bias", init, (x.shape[-1],), jnp.float32))
+
+        def normalize(x: Array, scale: Array, *bias: Array) -> Array:
+            centred = x - x.mean(-1, keepdims=True)
+            inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+            # As served; and, in training, with a gradient of the scale that is fast on CPU.
+            y = centred * (inverse * scale) if exact else scaled(centred * inverse, scale)
+            return y + bias[0] if bias else y
+
+        rows = [as_row(vector, x.ndim) for vector in vectors]
+        y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows)
+        return y.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """q, k and v of each head, from one array of width E = 3 C.
+
+    Its gradient is written as one concatenation that is stored: the derivative JAX would make adds three padded arrays,
+    and the compiler would do so inside both products that read them.
+    """
+    batch, time, width = qkv_BTE.shape
+    qkv_3BHTD = qkv_BTE.reshape(batch, time, 3, n_head, width // (3 * n_head)).transpose(2, 0, 3, 1, 4)
+    return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
+
+
+def _merge_gradients(
+    n_head: int, _: None, gradients: tuple[Float[Array, "B H T D"], ...]
+) -> tuple[Float[Array, "B T E"]]:
+    batch, heads, time, head_size = gradients[0].shape
+    flat = [gradient.transpose(0, 2, 1, 3).reshape(batch, time, heads * head_size) for gradient in gradients]
+    return (lax.optimization_barrier(jnp.concatenate(flat, axis=-1)),)
+
+
+split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
+
+
+def heads_of_parts(qkv_BT3C: Float[Array, "B T 3 C"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """The same from q, k and v apart, whose heads are split over devices."""
+    batch, time, _, width = qkv_BT3C.shape
+    parts = lax.split(qkv_BT3C, (1, 1, 1), axis=2)
+    return tuple(part.reshape(batch, time, n_head, width // n_head).transpose(0, 2, 1, 3) for part in parts)
+
+
+def gelu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """x * Phi(x), with the error function."""
+    return 0.5 * x * (1.0 + rounding.erf(x * 0.5**0.5, exact))
+
+
+def gelu_tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """GPT-2's approximation of `gelu`."""
+    return rounding.in_float64(functools.partial(jax.nn.gelu, approximate=True), exact)(x)
+
+
+def relu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """max(x, 0), which is always exact."""
+    return jnp.maximum(x, 0.0)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, q, k and v from one matmul."""
+
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
+    form: AttentionForm
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTC: Float[Array, "B T C"],
+        key: DropoutKey | None,
+        cache: LayerCache | None,
+        last_only: bool,
+    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+        config = self.config
+        batch, time, width = x_BTC.shape
+        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
+        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
+        qkv = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), parts=3, **dense)(x_BTC)
+        heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
+        q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
+        if last_only:
+            q_BHTD, time = q_BHTD[:, :, -1:], 1
+        site = "/".join(self.path)
+        if self.form == "plain" or cache is not None or last_only:
+            dropped = (config.dropout, key, f"{site}/weights")
+            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, *dropped, self.backward_dtype)
+        else:
+            y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
+        updated = (k_BHTD, v_BHTD)
+        if cache is not None:
+            keys_BHSD, values_BHSD, length, _ = cache
+            # What is written is made to depend on the result (which is never NaN): the compiler then knows that the old
+            # cache has been read, and writes in place. Without it every cache was copied twice for every token.
+            broken = jnp.isnan(y_BHTD[:, :, -1:])
+            updated = (
+                lax.dynamic_update_slice_in_dim(keys_BHSD, jnp.where(broken, 0.0, k_BHTD), length, 2),
+                lax.dynamic_update_slice_in_dim(values_BHSD, jnp.where(broken, 0.0, v_BHTD), length, 2),
+            )
+        y_BTC = y_BHTD.transpose(0, 2, 1, 3).reshape(batch, time, width)
+        y_BTC = Dense(width, name="c_proj", axes=("heads", "embed"), **dense)(y_BTC)
+        return dropout(y_BTC, config.dropout, key, f"{site}/residual"), updated
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
+        config = self.config
+        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
+        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
+        h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
+        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), exact=key is None)
+        y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
+        return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype
+    backward_dtype: jnp.dtype | None
+    attention: AttentionForm
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTC: Float[Array, "B T C"],
+        key: DropoutKey | None,
+        cache: LayerCache | None,
+        last_only: bool,
+    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+        config = self.config
+        exact = key is None
+        norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
+        parts = (config, self.quant, self.mode, self.dtype, self.backward_dtype)
+        y_BTC, updated = Attention(*parts, self.attention, name="attn")(
+            LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
+        )
+        x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        x_BTC = x_BTC if exact else materialized(x_BTC)
+        x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key)
+        x_BTC = constrain(x_BTC, "batch", None, None)
+        return x_BTC if exact else materialized(x_BTC), updated
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    Attributes:
+        mode: "float", "train" (QAT), "convert" (QAT that keeps the codes) or "serve" (int8 codes given).
+        dtype: the compute type; parameters are float32.
+        scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.model.layers`).
+        remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
+            "train", without a cache.
+        attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
+        backward_dtype: what the operands of the backward pass's products are rounded to (`kernels.products`); None:
+            they have the compute type.
+    """
+
+    config: ModelConfig
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype = FLOAT32
+    scan: bool = False
+    remat: Remat = "none"
+    attention: AttentionForm = "plain"
+    backward_dtype: jnp.dtype | None = None
+
+    def setup(self) -> None:
+        config = self.config
+        parts = (self.quant, self.mode, self.dtype)
+        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, ("vocab", "embed"), self.backward_dtype)
+        self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
+        self.h: Any
+        if self.scan:
+            self.h = Block(config, *parts, self.backward_dtype, self.attention)
+        else:
+            self.h = [Block(config, *parts, self.backward_dtype, self.attention) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        key: DropoutKey | None = None,
+        cache: KVCache | None = None,
+        keep_cache: bool = False,
+        last_only: bool = False,
+    ) -> Float[Array, "B t V"] | tuple[Float[Array, "B t V"], KVCache]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids; without a cache they are at positions 0.., with one they follow what it holds.
+            keep_cache: without a cache, start one with these tokens.
+            key: dropout's key; None in evaluation, which is exact: see `picogpt_jax.model.rounding`.
+            cache: keys and values of earlier positions.
+            last_only: compute the logits of the last position only, [B, 1, V].
+
+        Returns:
+            float32 logits; with a cache also the cache after these tokens. Positions must stay below `block_size`:
+            the caller keeps the count, because `cache.length` is a traced value.
+        """
+        config = self.config
+        time = tokens_BT.shape[1]
+        if time > config.block_size:
+            raise ValueError(f"{time} tokens do not fit into block_size={config.block_size}")
+        first = 0 if cache is None else cache.length
+        # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
+        positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
+        # From tables split along their width, rows come in parts; then each goes whole to its device.
+        x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
+        x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
+        x_BTC = x_BTC if key is None else materialized(x_BTC)
+        updates: list[Any] = []
+        if self.scan or self.remat != "none":
+            if cache is not None or keep_cache or last_only:
+                raise ValueError(
+                    "a model with scan or remat keeps no cache; serve it without, its parameters unstacked"
+                )
+            x_BTC = self._blocks(x_BTC, key)
+        else:
+            for layer, block in enumerate(self.h):
+                past = None if cache is None else (*cache.layers[layer], cache.length, cache.exact)
+                # Of the last layer, only the keys and values of the other positions matter to the last one.
+                x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
+                updates.append(updated)
+        logits_BTV = constrain(
+            self.wte.attend(self.ln_f(x_BTC, exact=key is None)).astype(jnp.float32), "batch", None, "vocab"
+        )
+        if cache is None and not keep_cache:
+            return logits_BTV
+        if cache is None:
+            room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
+            updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
+        place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
+        exact = cache is None or cache.exact
+        return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time), exact)
+
+    def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
+        """All blocks, scanned or rematerialised."""
+        n_layer = self.config.n_layer
+
+        def body(block: Block, x_BTC: Float[Array, "B T C"], layer: Array | None) -> tuple[Array, None]:
+            here = key if key is None or layer is None else dataclasses.replace(key, layer=layer, n_layer=n_layer)
+            return block(x_BTC, here, None, False)[0], None
+
+        if self.remat != "none":
+            body = nn.remat(body, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
+        if not self.scan:
+            for block in self.h:
+                x_BTC, _ = body(block, x_BTC, None)
+            return x_BTC
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "stochastic_rounding": True},
+            length=n_layer,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(self.h, x_BTC, jnp.arange(n_layer))[0]

@@ -1,0 +1,1 @@
+"""Planning: what a run will take, read from its compiled program."""

@@ -1,0 +1,1 @@
+"""Runtimes: what computes an int8 model."""

@@ -1,0 +1,283 @@
+"""The int8 model in NumPy alone: an int8 folder's format (version 1) and numerics, stated by implementing them.
+
+This file reads model.safetensors and config.json by itself and shares no code with the rest of the library; every other
+runtime is compared with it. It refuses what it cannot compute, but `int8.int8_model` is the one that checks all.
+
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary; N rows (tokens), I input
+features, O output features of a matmul.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from picogpt_jax.errors import UserError
+
+Array = npt.NDArray[np.float32]
+
+DTYPES = {"I8": "<i1", "F32": "<f4"}
+EXACT_FEATURES = 2**24 // 127**2  # 1040: as many products of two codes sum up exactly in float32
+
+
+def read_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a safetensors file: 8 bytes header length, the header as JSON, then the raw little-endian data."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        flat = np.frombuffer(content[start + begin : start + end], DTYPES[entry["dtype"]])
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def quantize(x_NI: Array) -> tuple[Array, Array]:
+    """One scale a token: scale = absmax / 127, codes = round_half_to_even(clip(x * (1 / scale), -127, 127)).
+
+    The division is a product with float32(1 / 127), as XLA compiles it. A token of zeros has scale 1 / 127.
+
+    Returns:
+        the codes [N, I], integers held as float32, and the scales [N, 1].
+    """
+    absmax_N1 = np.abs(x_NI).max(-1, keepdims=True)
+    scale_N1 = np.where(absmax_N1 < 2.0**-119, np.float32(1), absmax_N1) * np.float32(1 / 127)
+    return np.rint(np.clip(x_NI * (np.float32(1) / scale_N1), -127, 127)), scale_N1
+
+
+class Int8Matrix:
+    """Codes [O, I] with one scale a row, or one in all: a linear layer, an embedding table, or both (the tied head)."""
+
+    def __init__(
+        self, codes: npt.NDArray[np.int8], scale: Array, bias: Array | None, activation_bits: int | None
+    ) -> None:
+        # Codes are at most 127: up to `EXACT_FEATURES` products add up to an integer that float32 holds exactly,
+        # beyond that float64 does. So a float product of the codes is the int8 product, whatever its order.
+        self.codes_OI: npt.NDArray[Any] = codes.astype("f4" if codes.shape[1] <= EXACT_FEATURES else "f8")
+        self.scale_O1, self.bias, self.activation_bits = scale, bias, activation_bits
+
+    def lookup(self, ids: npt.NDArray[np.int64]) -> Array:
+        """The rows `ids`, dequantized: codes * scale."""
+        scale = self.scale_O1 if len(self.scale_O1) == 1 else self.scale_O1[ids]
+        return self.codes_OI[ids].astype(np.float32) * scale
+
+    def __call__(self, x: Array) -> Array:
+        """float32 [..., I] -> float32 [..., O]."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        if self.activation_bits is None:
+            y_NO = (x_NI @ self.codes_OI.T).astype(np.float32) * self.scale_O1.T
+        else:
+            codes_NI, scale_N1 = quantize(x_NI)
+            y_NO = (codes_NI @ self.codes_OI.T).astype(np.float32) * scale_N1 * self.scale_O1.T
+        if self.bias is not None:
+            y_NO = y_NO + self.bias
+        return y_NO.reshape(*x.shape[:-1], -1)
+
+
+class LayerNorm:
+    """LayerNorm over the last dimension."""
+
+    def __init__(self, weight: Array, bias: Array | None, epsilon: float) -> None:
+        self.weight, self.bias, self.epsilon = weight, bias, epsilon
+
+    def __call__(self, x: Array) -> Array:
+        centred = x.astype(np.float64) - x.mean(-1, dtype=np.float64, keepdims=True)
+        variance = np.square(centred).mean(-1, keepdims=True)
+        y = centred * (self.weight / np.sqrt(variance + self.epsilon))
+        return (y if self.bias is None else y + self.bias).astype(np.float32)
+
+
+# erf(x) = x P(x^2) / Q(x^2) for small x, and 1 - exp(-x^2) P(x) / Q(x) beyond; highest power first.
+# W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969), as in SPECFUN's CALERF.
+ERF_P, ERF_Q, ERFC_P, ERFC_Q = (
+    np.array(row.split(), np.float64)
+    for row in (
+        "1.85777706184603153e-1 3.16112374387056560e0 1.13864154151050156e2 3.77485237685302021e2 "
+        "3.20937758913846947e3",
+        "1 2.36012909523441209e1 2.44024637934444173e2 1.28261652607737228e3 2.84423683343917062e3",
+        "2.15311535474403846e-8 5.64188496988670089e-1 8.88314979438837594e0 6.61191906371416295e1 "
+        "2.98635138197400131e2 8.81952221241769090e2 1.71204761263407058e3 2.05107837782607147e3 1.23033935479799725e3",
+        "1 1.57449261107098347e1 1.17693950891312499e2 5.37181101862009858e2 1.62138957456669019e3 "
+        "3.29079923573345963e3 4.36261909014324716e3 3.43936767414372164e3 1.23033935480374942e3",
+    )
+)
+
+
+def erf(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The error function, within 1e-15."""
+    size = np.minimum(np.abs(x), 6.0)  # beyond, float64 holds nothing between it and 1
+    square = size * size
+    small = size * np.polyval(ERF_P, square) / np.polyval(ERF_Q, square)
+    large = 1.0 - np.exp(-square) * np.polyval(ERFC_P, size) / np.polyval(ERFC_Q, size)
+    return np.copysign(np.where(size <= 0.46875, small, large), x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact form, x * Phi(x)."""
+    half, root = np.float32(0.5), np.float32(math.sqrt(0.5))
+    return half * x * (1 + erf((x * root).astype(np.float64)).astype(np.float32))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GPT-2's approximation of `gelu`."""
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0)."""
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+
+
+class KVCache:
+    """Of each layer the keys and values [B, H, S, D] so far."""
+
+    def __init__(self, n_layer: int) -> None:
+        self.keys: list[Array | None] = [None] * n_layer
+        self.values: list[Array | None] = [None] * n_layer
+        self.length = 0
+
+    def extend(self, layer: int, k_BHTD: Array, v_BHTD: Array) -> tuple[Array, Array]:
+        """Adds one layer's next positions, returns all; the model moves `length` on after the last layer."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is not None and values is not None:
+            k_BHTD, v_BHTD = np.concatenate([keys, k_BHTD], 2), np.concatenate([values, v_BHTD], 2)
+        self.keys[layer], self.values[layer] = k_BHTD, v_BHTD
+        return k_BHTD, v_BHTD
+
+
+class NumpyGPT:
+    """The model: GPT-2's pre-LayerNorm decoder with learned positions and a head tied to the token embedding.
+
+    Args:
+        config: what config.json holds.
+        tensors: what model.safetensors holds; nothing may be missing or left over.
+
+    Raises:
+        UserError: a setting or a tensor is not what this file computes with.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
+        if (config["format"], config["format_version"]) != ("picogpt-int8", 1):
+            raise UserError(f"{config['format']!r} version {config['format_version']!r} is not picogpt-int8 version 1")
+        quantization, model = config["quantization"], config["model"]
+        self.activation_bits = quantization["activation_bits"]
+        if self.activation_bits not in (8, None) or quantization["quantize_attention"] or not quantization["symmetric"]:
+            raise UserError(f"the quantization {quantization} is none that this runtime computes")
+        self.n_layer, self.n_head, self.n_embd = model["n_layer"], model["n_head"], model["n_embd"]
+        self.block_size, self.vocab_size = model["block_size"], model["vocab_size"]
+        self.has_bias, self.epsilon = model["bias"], model["layer_norm_epsilon"]
+        self.per_channel = quantization["weight_granularity"] == "per_channel"
+        self.activation = ACTIVATIONS[model["activation"]]
+
+        self._unread, width, hidden = dict(tensors), self.n_embd, model["mlp_ratio"] * self.n_embd
+        self.wte = self._matrix("transformer.wte", self.vocab_size, width, has_bias=False)
+        self.wpe = self._matrix("transformer.wpe", self.block_size, width, has_bias=False)
+        self.blocks: list[dict[str, Any]] = []
+        for name in (f"transformer.h.{layer}" for layer in range(self.n_layer)):
+            self.blocks.append(
+                {
+                    "ln_1": self._layer_norm(f"{name}.ln_1"),
+                    "attn.c_attn": self._matrix(f"{name}.attn.c_attn", 3 * width, width, self.has_bias),
+                    "attn.c_proj": self._matrix(f"{name}.attn.c_proj", width, width, self.has_bias),
+                    "ln_2": self._layer_norm(f"{name}.ln_2"),
+                    "mlp.c_fc": self._matrix(f"{name}.mlp.c_fc", hidden, width, self.has_bias),
+                    "mlp.c_proj": self._matrix(f"{name}.mlp.c_proj", width, hidden, self.has_bias),
+                }
+            )
+        self.ln_f = self._layer_norm("transformer.ln_f")
+        if self._unread:
+            raise UserError(f"unknown tensors: {sorted(self._unread)[:8]}")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "NumpyGPT":
+        """Reads an int8 folder.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds what this file does not compute.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return cls(config, read_safetensors(folder / "model.safetensors"))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, OSError) else repr(error)
+            raise UserError(f"{folder} is no int8 folder that can be read: {reason}; write the model again") from None
+
+    def _take(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        if name not in self._unread:
+            raise UserError(f"the tensor {name} is missing")
+        array = self._unread.pop(name)
+        if (array.dtype, array.shape) != (np.dtype(dtype), shape):
+            raise UserError(f"{name} is {array.dtype} {list(array.shape)}; expected {dtype} {list(shape)}")
+        return array
+
+    def _matrix(self, name: str, rows: int, cols: int, has_bias: bool) -> Int8Matrix:
+        codes = self._take(f"{name}.weight", "int8", (rows, cols))
+        scale = self._take(f"{name}.weight_scale", "float32", (rows if self.per_channel else 1, 1))
+        bias = self._take(f"{name}.bias", "float32", (rows,)) if has_bias else None
+        return Int8Matrix(codes, scale, bias, self.activation_bits)
+
+    def _layer_norm(self, name: str) -> LayerNorm:
+        weight = self._take(f"{name}.weight", "float32", (self.n_embd,))
+        bias = self._take(f"{name}.bias", "float32", (self.n_embd,)) if self.has_bias else None
+        return LayerNorm(weight, bias, self.epsilon)
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that take as long as one: this runtime computes one after the other."""
+        return 1
+
+    def new_cache(self, batch: int) -> KVCache:
+        """A cache of no positions."""
+        return KVCache(self.n_layer)
+
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`.
+
+        Raises:
+            ValueError: the positions do not fit into `block_size`.
+        """
+        first = 0 if cache is None else cache.length
+        end = first + tokens_BT.shape[1]
+        if end > self.block_size:
+            raise ValueError(f"{end} positions do not fit into block_size={self.block_size}")
+        x_BTC = self.wte.lookup(tokens_BT) + self.wpe.lookup(np.arange(first, end))
+        for layer, block in enumerate(self.blocks):
+            x_BTC = x_BTC + self._attend(block, block["ln_1"](x_BTC), layer, cache)
+            hidden = self.activation(block["mlp.c_fc"](block["ln_2"](x_BTC)))
+            x_BTC = x_BTC + block["mlp.c_proj"](hidden)
+        if cache is not None:
+            cache.length = end
+        return self.wte(self.ln_f(x_BTC[:, -1:] if last_only else x_BTC))
+
+    def _attend(self, block: dict[str, Any], x_BTC: Array, layer: int, cache: KVCache | None) -> Array:
+        """Causal self-attention; the queries are the last T of the S positions seen so far."""
+        batch, queries, width = x_BTC.shape
+        qkv_BT3HD = block["attn.c_attn"](x_BTC).reshape(batch, queries, 3, self.n_head, -1)
+        q_BHTD, k_BHSD, v_BHSD = qkv_BT3HD.transpose(2, 0, 3, 1, 4)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.extend(layer, k_BHSD, v_BHSD)
+        keys = k_BHSD.shape[2]
+        q_BHTD, k_BHSD, v_BHSD = (array.astype(np.float64) for array in (q_BHTD, k_BHSD, v_BHSD))
+        scores_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.swapaxes(-1, -2)
+        hidden_TS = np.triu(np.ones((queries, keys), bool), keys - queries + 1)
+        scores_BHTS[..., hidden_TS] = -np.inf
+        weights_BHTS = np.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True))
+        weights_BHTS /= weights_BHTS.sum(-1, keepdims=True)
+        y_BTHD = (weights_BHTS @ v_BHSD).astype(np.float32).transpose(0, 2, 1, 3)
+        return block["attn.c_proj"](y_BTHD.reshape(batch, queries, width))

@@ -1,0 +1,144 @@
+"""ONNX Runtime with the number of threads that is fast for a small model (extra: onnx).
+
+A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and fetch from
+each other's caches what the node before left there: a token of the default model took them 0.8 to 1.8 times as long as
+one thread, changing within seconds on a shared machine. So a small model's calls have one thread each, and several
+windows are computed side by side, each by one thread from its first node to its last: 32 windows took 0.57 to 0.75 of
+the time that they took two threads together. Large calls, and those of large models, have a thread per core.
+A call's results are the same bits with every number of threads (a test): ONNX Runtime splits rows and heads, no sum.
+
+Keys that a query may not see get weights of about 1e-38, denormal numbers, over which Intel's processors spend most of
+attention's time. Here they are zero: by the session option `session.set_denormal_as_zero` in ONNX Runtime's threads,
+and by `devices.cpu.denormals_flushed` in the one that calls it, as long as a call lasts that has several queries.
+"""
+
+import collections
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
+
+from picogpt_jax.devices.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni
+from picogpt_jax.errors import UserError
+
+LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
+PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
+SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
+SMALL_CALL = 1 << 29  # tokens times bytes of the model: some milliseconds; what takes longer gets all cores
+
+Feeds = dict[str, npt.NDArray[Any]]
+Results = list[npt.NDArray[np.float32]]
+
+
+class Session:
+    """An opened model.
+
+    Attributes:
+        onnx: ONNX Runtime's session.
+        side_by_side: calls that `run_all` computes at a time.
+
+    Args:
+        model: the file, or its contents.
+        threads: of one operation; None for what is fast.
+
+    Raises:
+        UserError: ONNX Runtime cannot read it.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None) -> None:
+        try:
+            self._bytes = len(model) if isinstance(model, bytes) else os.path.getsize(model)
+            is_small = threads is None and self._bytes <= SMALL_MODEL
+            if is_small and not isinstance(model, bytes):
+                model = Path(model).read_bytes()  # by the time it is opened again, the file may be another one
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}; see that the file is there and readable") from None
+        self.onnx = open_session(model, ALONE if is_small else threads or PER_CORE)
+        self.side_by_side = cores() if is_small else 1
+        self._model, self._lock = model, threading.Lock()
+        self._shared: onnxruntime.InferenceSession | None = None  # by all cores
+        self._others: ThreadPoolExecutor | None = None  # threads beside the one that calls
+
+    def is_large(self, tokens: int) -> bool:
+        """Whether a call with so many tokens is worth the work of all cores."""
+        return tokens * self._bytes > SMALL_CALL
+
+    def run(self, outputs: list[str], feeds: Feeds) -> Results:
+        """The outputs named; `feeds` holds `input_ids` and the other inputs."""
+        session = self.onnx
+        if self.side_by_side > 1 and self.is_large(feeds["input_ids"].size):
+            with self._lock:
+                if self._shared is None:
+                    self._shared = open_session(self._model, PER_CORE)
+            session = self._shared
+        if feeds["input_ids"].shape[1] == 1:  # it sees every key
+            return session.run(outputs, feeds)
+        with denormals_flushed():
+            return session.run(outputs, feeds)
+
+    def run_all(self, outputs: list[str], feeds: Sequence[Callable[[], Feeds]]) -> list[Results]:
+        """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
+        if self.side_by_side == 1:
+            return [self.run(outputs, feed()) for feed in feeds]
+        with self._lock:
+            if self._others is None:
+                self._others = ThreadPoolExecutor(self.side_by_side - 1, "onnxruntime")
+        left = collections.deque(enumerate(feeds))
+        results: dict[int, Results] = {}
+
+        def work() -> None:
+            with denormals_flushed():
+                while True:
+                    try:
+                        index, feed = left.popleft()
+                    except IndexError:
+                        return
+                    try:
+                        results[index] = self.onnx.run(outputs, feed())
+                    except BaseException:
+                        left.clear()
+                        raise
+
+        others: list[Future[None]] = []
+        try:
+            for _ in range(min(self.side_by_side, len(feeds)) - 1):
+                others.append(self._others.submit(work))
+            work()
+        finally:
+            left.clear()
+            wait(others)
+        for other in others:
+            other.result()
+        return [results[index] for index in range(len(feeds))]
+
+
+def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """ONNX Runtime's session of a model on the CPU; raises a UserError where it cannot read that."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = LOGS_ERRORS
+    options.intra_op_num_threads = threads
+    if can_flush_denormals():
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if not has_vnni():
+        # On x86 the kernel for unsigned times signed bytes can then saturate: take the exact one, which is slower.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        with denormals_flushed():  # the first session of a process would set this thread for good
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no class of its own above its exceptions
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason}); export it again, or "
+            "update onnxruntime: a --noexact export needs 1.24"
+        ) from None

@@ -1,0 +1,317 @@
+"""The int8 model in PyTorch, with the numbers it was trained with (extra: torch).
+
+Matrices stay int8 in memory and are multiplied as int8 (`runtimes.torch_linear`). LayerNorm, attention and tanh are
+computed in float64 and rounded once, so that the text is JAX's (`model.rounding`; the error function of GELU is
+PyTorch's own in float32); with `exact=False` all are in float32, which is faster where whole windows are computed.
+
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
+
+from picogpt_jax.config import ModelConfig
+from picogpt_jax.errors import UserError
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
+from picogpt_jax.runtimes.loop import Overflow, check_generation, checked_data
+from picogpt_jax.runtimes.torch_linear import Int8Matrix
+
+# What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
+# operations, and the memory is used again.
+PART_BYTES = 3 << 19
+LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold goes up to 32 MiB
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of one operation's results for those of the next.
+
+    It gives freed memory at the end of its heap back to the system where that is more than twice the largest block
+    that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). New memory has to be mapped and set to zero page by
+    page: 32 sequences of 128 tokens took 5,000 to 30,000 page faults, and up to twice the time. So a large block is
+    freed here. It is never written, so it takes no memory. From then on the process keeps up to twice as much of what
+    it frees; where a MALLOC_ variable of the environment sets a threshold, nothing changes.
+    """
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8, device="cpu")
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact form, x * Phi(x), rounded at the steps at which JAX rounds it."""
+    return (x * 0.5**0.5).erf_().add_(1).mul_(x).mul_(0.5)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation of `gelu`."""
+    return F.gelu(x.double(), approximate="tanh").float()
+
+
+def fast_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """PyTorch's own, in place: fresh memory takes longer than the function."""
+    y: Tensor = torch.ops.aten.gelu_(x, approximate=approximate)
+    return y
+
+
+EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": fast_gelu,
+    "gelu_tanh": functools.partial(fast_gelu, approximate="tanh"),
+    "relu": F.relu_,
+}
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, computed in `dtype`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.register_buffer("weight", torch.tensor(weight, dtype=dtype))
+        self.register_buffer("bias", None if bias is None else torch.tensor(bias, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.epsilon).float()
+
+
+class KVCache:
+    """Keys and values [L, B, H, block_size, D] of the first `length` positions."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.head_size)
+        self.keys, self.values = torch.zeros(2, *shape, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's next positions, returns all so far; the model moves `length` on after the last layer."""
+        end = self.length + k_BHTD.shape[2]
+        self.keys[layer, :, :, self.length : end] = k_BHTD
+        self.values[layer, :, :, self.length : end] = v_BHTD
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block."""
+
+    def __init__(self, model: Int8Model, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.dtype = layer, model.model.n_head, dtype
+        activations = EXACT_ACTIVATIONS if dtype == torch.float64 else FAST_ACTIVATIONS
+        self.activation = activations[model.model.activation]
+        name = f"transformer.h.{layer}"
+        self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
+        queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
+        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", dtype, rows) for rows in (queries, others))
+        self.attn_proj = matrix(model, f"{name}.attn.c_proj", dtype)
+        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}", dtype) for part in ("c_fc", "c_proj"))
+
+    def forward(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
+        """Overwrites `x_BTC`, as fresh memory costs as much as a sum.
+
+        `last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values.
+        """
+        kept_BTC = x_BTC[:, -1:] if last_only else x_BTC
+        x_BTC = self.attn_proj.multiply(self.attend(self.ln_1(x_BTC), cache, last_only), kept_BTC)
+        return self.mlp_proj.multiply(self.activation(self.c_fc.multiply(self.ln_2(x_BTC))), x_BTC)
+
+    def attend(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
+        """The heads' values by causal self-attention; the queries are the last T of the S positions seen so far."""
+        operand = self.query.operand(x_BTC)
+        del x_BTC  # as in `Int8Matrix.multiply`
+        q_BTC = self.query.product(tuple(part[:, -1:] for part in operand) if last_only else operand)
+        kv_BSC2 = self.key_value.product(operand)
+        q_BHTD, k_BHSD, v_BHSD = (
+            heads.unflatten(2, (self.n_head, -1)).transpose(1, 2) for heads in (q_BTC, *kv_BSC2.chunk(2, dim=2))
+        )
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.extend(self.layer, k_BHSD, v_BHSD)
+        queries = q_BHTD.shape[2]
+        keys = k_BHSD.shape[2]
+        visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
+        if 1 < queries < keys:
+            visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTD.device).tril(keys - queries)
+        q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
+        return y_BHTD.float().transpose(1, 2).flatten(2)
+
+
+def matrix(model: Int8Model, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Int8Matrix:
+    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it; exact in float64."""
+    whole, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
+    tensor = Int8Tensor(whole.codes[rows], whole.scale if len(whole.scale) == 1 else whole.scale[rows])
+    activation_bits = model.quantization.activation_bits
+    return Int8Matrix(tensor, None if bias is None else bias[rows], activation_bits, exact=dtype == torch.float64)
+
+
+def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
+    """The LayerNorm `name`, computed in `dtype`."""
+    weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
+    return LayerNorm(weight, bias, model.model.layer_norm_epsilon, dtype)
+
+
+class Int8GPT(nn.Module):
+    """The int8 model; it has buffers only, no parameters: nothing here is trained.
+
+    On a CPU the matrices may be held twice, as int8 both times (`picogpt_jax.runtimes.torch_linear.PackedCodes`).
+
+    Args:
+        exact: LayerNorm, attention and tanh in float64, and the scales in the order in which JAX multiplies by them;
+            else float32 and whichever order is fast.
+
+    Attributes:
+        config: the architecture.
+    """
+
+    def __init__(self, model: Int8Model, exact: bool = True) -> None:
+        super().__init__()
+        keep_freed_memory()
+        dtype = torch.float64 if exact else torch.float32
+        self.config = model.model
+        self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))
+        self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
+        self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids, int64; at positions 0.., or following what the cache holds, which they then extend.
+            cache: keys and values of earlier positions.
+            last_only: compute the logits of the last position only.
+
+        Returns:
+            float32 logits [B, T, V], or [B, 1, V].
+
+        Raises:
+            ValueError: the positions do not fit into `block_size`.
+        """
+        batch, queries = tokens_BT.shape
+        sequence_bytes = queries * self.config.n_embd * self.ln_f.weight.itemsize
+        if cache is None and tokens_BT.device.type == "cpu" and batch > 1 and batch * sequence_bytes > PART_BYTES:
+            parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
+            return torch.cat([self(part, last_only=last_only) for part in parts])
+        first = 0 if cache is None else cache.length
+        end = first + queries
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
+        x_BTC = self.wte.lookup(tokens_BT).add_(self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device)))
+        for layer, block in enumerate(self.h):
+            x_BTC = block(x_BTC, cache, last_only and layer == len(self.h) - 1)
+        if cache is not None:
+            cache.length = end
+        return self.wte.multiply(self.ln_f(x_BTC))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens_BT: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        overflow: Overflow = "slide",
+        callback: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
+
+        Args:
+            tokens_BT: the prompts, int64, at least one token each.
+            max_new_tokens: how many tokens to append.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens; None or 0 from all.
+            seed: of the draws; the same seed gives the same tokens, on every device whose logits agree.
+            overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens
+                for every token (nanoGPT's way, exact); "refill" goes on with a cache of the last `block_size // 2`
+                tokens, the newest included, which is far faster.
+            callback: called with the new tokens, int64 [B], as soon as they are drawn.
+
+        Returns:
+            int64 [B, T + max_new_tokens]: the prompts and what follows.
+
+        Raises:
+            UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
+        """
+        check_generation(max_new_tokens, temperature, top_k, seed, overflow)
+        device = self.wte.codes.device
+        tokens_BT = _checked_tokens(tokens_BT, self.config.vocab_size, "the prompt").to(device)
+        generator = torch.Generator().manual_seed(seed)
+        block_size = self.config.block_size
+        cache = KVCache(self.config, len(tokens_BT), device)
+        unseen_BT = tokens_BT[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if cache.length + unseen_BT.shape[1] <= block_size:
+                logits_B1V = self(unseen_BT, cache, last_only=True)
+            elif overflow == "slide":
+                logits_B1V = self(tokens_BT[:, -block_size:], last_only=True)
+            else:
+                cache.length = 0
+                logits_B1V = self(tokens_BT[:, -max(block_size // 2, 1) :], cache, last_only=True)
+            unseen_BT = sample(logits_B1V[:, 0], temperature, top_k, generator)
+            tokens_BT = torch.cat((tokens_BT, unseen_BT), dim=1)
+            if callback is not None:
+                callback(unseen_BT[:, 0].cpu())
+        return tokens_BT
+
+    @torch.no_grad()
+    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
+        """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
+
+        Args:
+            tokens: token ids, integers [N].
+            block_size: window length; the last window is shorter where N - 1 is no multiple of it.
+            batch_size: windows computed at a time.
+
+        Raises:
+            UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
+        """
+        data = checked_data(tokens, block_size, self.config.block_size)
+        total, n_targets = 0.0, len(data) - 1
+        n_whole = n_targets - n_targets % block_size
+        for start in range(0, n_whole, batch_size * block_size):
+            end = min(start + batch_size * block_size, n_whole)
+            total += self._loss_sum(data[start : end + 1], block_size)
+        if n_whole < n_targets:
+            total += self._loss_sum(data[n_whole:], n_targets - n_whole)
+        return total / n_targets
+
+    def _loss_sum(self, data: np.ndarray, window: int) -> float:
+        """Sum of the losses of data[1:] in windows; float32 each, added in float64."""
+        ids = _checked_tokens(torch.from_numpy(data.astype(np.int64)), self.config.vocab_size, "the data")
+        ids = ids.to(self.wte.codes.device)
+        logits_BTV = self(ids[:-1].view(-1, window))
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), ids[1:], reduction="none")
+        return losses.sum(dtype=torch.float64).item()
+
+
+def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Draws one token per row, int64 [B, 1]; on the CPU, so that a seed means the same everywhere."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    vocab_size = logits_BV.shape[-1]
+    values_BK, ids_BK = logits_BV.double().cpu().topk(min(top_k or vocab_size, vocab_size))
+    probabilities_BK = ((values_BK - values_BK[:, :1]) / temperature).softmax(
+        -1
+    )  # the shift keeps this from overflowing
+    return ids_BK.gather(1, probabilities_BK.multinomial(1, generator=generator)).to(logits_BV.device)
+
+
+def _checked_tokens(ids: Tensor, vocab_size: int, source: str) -> Tensor:
+    if ids.numel() == 0:
+        raise UserError(f"{source} has no tokens; at least one is needed")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{source} holds the token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
+        )
+    return ids

@@ -1,0 +1,1 @@
+"""Text: vocabularies, prepared data sets, batches."""

@@ -1,0 +1,291 @@
+"""The compiled parts of a training: the first state, the step, and the batches as it takes them."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt16
+
+from picogpt_jax.config import AttentionForm, Config
+from picogpt_jax.devices import sharding
+from picogpt_jax.devices.cpu import has_bfloat16
+from picogpt_jax.devices.setup import compiler_options
+from picogpt_jax.model import attention, layers
+from picogpt_jax.model.dropout import DropoutKey, fold
+from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.quantization import Mode
+from picogpt_jax.text.batches import Tokens, batch_starts
+from picogpt_jax.training import checkpoint
+from picogpt_jax.training.evaluate import Evaluator
+from picogpt_jax.training.optimizer import make_optimizer
+
+RESIDENT_BYTES = 256 << 20  # a training split up to this size lies on the device
+PART_TOKENS, WIDEST = 512, 768  # of `cache_parts`: tokens of a part; the largest n_embd that is computed in parts
+FIRST_LOSS_SCALE = 2.0**15  # float16: as in PyTorch's GradScaler, halved at an overflow, doubled after 2,000 good steps
+STEPS_TO_DOUBLE = 2000
+
+
+@struct.dataclass
+class TrainState:
+    """All that the next step depends on, besides the configuration and the data."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    loss_scale: Float[Array, ""]  # float16 only; 1 otherwise
+    good_steps: Int[Array, ""]  # since the loss scale last changed
+
+
+@struct.dataclass
+class StepMetrics:
+    loss: Float[Array, "..."]
+    grad_norm: Float[Array, "..."]
+
+
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The compute type of `train.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators.
+
+    Args:
+        platform: of the devices; None: the one at hand.
+    """
+    if name == "auto":
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def backward_dtype(name: str, dtype: jnp.dtype, platform: str) -> jnp.dtype | None:
+    """What `train.backward_dtype` rounds the operands of the backward pass's products to; None: they stay as they are.
+
+    Of several processes on CPU, all must ask, and all get what the first one's processor can do.
+
+    Args:
+        dtype, platform: the compute type, and the kind of the devices.
+    """
+    # Whatever their configurations say, which are compared only later.
+    is_fast = platform == "cpu" and bool(multihost_utils.broadcast_one_to_all(np.int32(has_bfloat16())))
+    is_rounded = dtype == jnp.float32 and (name == "bfloat16" or (name == "auto" and is_fast))
+    return jnp.dtype("bfloat16") if is_rounded else None
+
+
+def cache_parts(sequences: int, block_size: int, width: int) -> int:
+    """In how many parts a CPU device computes its sequences, so that activations stay in a core's second-level cache.
+
+    A part has `PART_TOKENS` tokens or is one sequence. On Zen 4 cores with 1 MiB each a step is shorter by 10% at width
+    192, 11% at 384 and 3% at 768, and longer by 10% at 1,024, where adding up the parts' gradients costs more.
+    """
+    if width > WIDEST:
+        return 1
+    fits = max(PART_TOKENS // block_size, 1)
+    return next(parts for parts in range(1, sequences + 1) if sequences % parts == 0 and sequences // parts <= fits)
+
+
+class Trainer:
+    """The compiled parts of one run: initialisation, training steps, evaluation; nothing here touches the disk."""
+
+    def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
+        self.config = config
+        self.optimizer = make_optimizer(config.optimizer)
+        self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
+        self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
+        sharding.check_divides("heads", "the attention heads (model.n_head)", config.model.n_head, self.mesh)
+        device = self.mesh.devices.flat[0]
+        self.compiler_options = compiler_options(device.platform)
+        self.dtype = compute_dtype(config.train.dtype, device.platform)
+        self.backward_dtype = backward_dtype(config.train.backward_dtype, self.dtype, device.platform)
+        data, fsdp, _ = self.mesh.devices.shape
+        self.share = self.micro_batch // (data * fsdp)  # sequences of a device
+        self.parts = config.train.gradient_accumulation_steps
+        # Over several processes too, which compute the same bits as one. Int8 gradients are rounded apart in a part.
+        if device.platform == "cpu" and not config.quant.backward_bits:
+            self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
+        self.attention = self._attention(device)
+        self.abstract_state = self._abstract_state()
+        # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
+        squares = max(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))  # of the gradient's norm
+        longest_sum = max(squares, self.micro_batch * config.model.block_size)  # or of the loss, over tokens
+        options = compiler_options(device.platform, longest_sum)
+        self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, compiler_options=options)
+
+    def _attention(self, device: jax.Device) -> AttentionForm:
+        model = self.config.model
+        heads = model.n_head // self.mesh.devices.shape[-1]
+        shape = (self.share, heads, model.block_size, model.head_size)
+        measure = functools.partial(attention.seconds, shape_BHTD=shape, dtype=self.dtype)
+        is_here = device in jax.devices()  # else of a machine that is only compiled for
+        return attention.choose(self.config.train.attention, model, self.dtype, device, measure if is_here else None)
+
+    def model(self, mode: Mode) -> GPT:
+        train = self.config.train
+        parts = (self.config.model, self.config.quant, mode, self.dtype)
+        return GPT(*parts, train.scan_layers, train.remat, self.attention, self.backward_dtype)
+
+    def mode_at(self, step: int) -> Mode:
+        quant = self.config.quant
+        return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
+
+    def _init_model(self) -> GPT:
+        return self.model("float").clone(attention="plain")  # it is called with one token, too few for a kernel
+
+    def _init_state(self) -> TrainState:
+        return self._first_state(layers.initial_params(self._init_model(), jax.random.key(self.config.train.seed)))
+
+    def _first_state(self, params: Any) -> TrainState:
+        params = layers.relayout(params, self.config.train.scan_layers)
+        scale = FIRST_LOSS_SCALE if self.dtype == jnp.float16 else 1.0
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            loss_scale=jnp.float32(scale),
+            good_steps=jnp.int32(0),
+        )
+
+    def _abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without computing it."""
+        state = jax.eval_shape(self._init_state)
+        init = self._init_model().init  # for the names of the dimensions
+        boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        param_shardings = sharding.parameter_shardings(boxed, self.mesh)
+        everywhere = sharding.replicated(self.mesh)
+        shardings = dataclasses.replace(
+            jax.tree.map(lambda _: everywhere, state),
+            params=param_shardings,
+            opt_state=optax.tree.map_params(
+                self.optimizer,
+                lambda _, place: place,
+                state.opt_state,
+                param_shardings,
+                transform_non_params=lambda _: everywhere,
+            ),
+        )
+        return checkpoint.abstract(state, shardings)
+
+    def init(self, params: Any = None) -> TrainState:
+        """The state before the first step, with new parameters or with `params`, such as imported ones."""
+        shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        options: dict[str, Any] = dict(out_shardings=shardings, compiler_options=self.compiler_options)
+        if params is None:
+            return jax.jit(self._init_state, **options)()
+        return jax.jit(self._first_state, **options)(params)
+
+    def stored_as(self, scan_layers: bool) -> "Trainer":
+        """The same run with its layers stacked, or one subtree a layer: what a checkpoint may hold."""
+        if scan_layers == self.config.train.scan_layers:
+            return self
+        train = dataclasses.replace(self.config.train, scan_layers=scan_layers, attention=self.attention)
+        return Trainer(dataclasses.replace(self.config, train=train), list(self.mesh.devices.flat))
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """A state of `stored_as`, with the layers as this run has them."""
+        if (layers.STACKED in state.params) == self.config.train.scan_layers:
+            return state
+        shardings = jax.tree.map(lambda array: array.sharding, self.abstract_state)
+        convert = lambda state: layers.relayout(state, self.config.train.scan_layers)  # noqa: E731
+        return jax.jit(convert, out_shardings=shardings, compiler_options=self.compiler_options)(state)
+
+    def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
+        # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
+        rngs = {"stochastic_rounding": jax.random.fold_in(jax.random.key(key.seed), key.row)}
+        logits_BTV = self.model(mode).apply({"params": params}, tokens_BT1[:, :-1], key, rngs=rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT1[:, 1:]).mean()
+
+    def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
+        """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""
+        seed = fold(jnp.uint32(self.config.train.seed), state.step.astype(jnp.uint32))
+        rows = tokens_BT1.shape[0] // self.parts
+
+        def part(index: Int[Array, ""], tokens: Int[Array, "b T1"]) -> tuple[Float[Array, ""], Any]:
+            key = DropoutKey(seed=seed, row=(index * rows).astype(jnp.uint32))
+            scaled = lambda params: self._loss(params, tokens, key, mode) * state.loss_scale  # noqa: E731
+            loss, gradients = jax.value_and_grad(scaled)(state.params)
+            return loss, gradients
+
+        if self.parts == 1:
+            loss, gradients = part(jnp.int32(0), tokens_BT1)
+        else:
+            split = tokens_BT1.reshape(self.parts, rows, -1)
+            split = lax.with_sharding_constraint(split, sharding.batch_sharding(self.mesh, 1))
+            zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+            add = lambda total, item: (jax.tree.map(jnp.add, total, part(*item)), None)  # noqa: E731
+            (loss, gradients), _ = lax.scan(add, zero, (jnp.arange(self.parts), split))
+        factor = 1.0 / (self.parts * state.loss_scale)
+        return loss * factor, jax.tree.map(lambda gradient: gradient * factor, gradients)
+
+    def _step(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = self._gradients(state, tokens_BT1, mode)
+        grad_norm = optax.tree.norm(gradients)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        new = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        if self.dtype == jnp.float16:
+            new = _after_loss_scaling(state, new, jnp.isfinite(grad_norm))
+        return dataclasses.replace(new, step=state.step + 1), StepMetrics(loss=loss, grad_norm=grad_norm)
+
+    def _steps(
+        self, state: TrainState, corpus: UInt16[Array, " N"] | None, batches: Array, mode: Mode
+    ) -> tuple[TrainState, StepMetrics]:
+        def body(state: TrainState, batch: Array) -> tuple[TrainState, StepMetrics]:
+            if corpus is not None:  # the batch is where its sequences start
+                length = self.config.model.block_size + 1
+                batch = jax.vmap(lambda start: lax.dynamic_slice_in_dim(corpus, start, length))(batch)
+            tokens_BT1 = lax.with_sharding_constraint(batch.astype(jnp.int32), sharding.batch_sharding(self.mesh))
+            return self._step(state, tokens_BT1, mode)
+
+        with sharding.on(self.mesh):
+            return lax.scan(body, state, batches)
+
+    def evaluator(self, mode: Mode) -> Evaluator:
+        quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
+        model = self.model(mode).clone(quant=quant)
+
+        def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
+            return model.apply({"params": params}, tokens_BT)
+
+        return Evaluator(forward, self.mesh, self.config.model.block_size, self.micro_batch)
+
+
+def _after_loss_scaling(old: TrainState, new: TrainState, finite: Array) -> TrainState:
+    """Keeps the old parameters where a float16 gradient overflowed, and moves the loss scale."""
+    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    good_steps = jnp.where(finite, old.good_steps + 1, 0)
+    double = good_steps >= STEPS_TO_DOUBLE
+    loss_scale = jnp.where(finite, jnp.where(double, old.loss_scale * 2, old.loss_scale), old.loss_scale / 2)
+    loss_scale = jnp.maximum(loss_scale, 1.0)
+    return dataclasses.replace(kept, loss_scale=loss_scale, good_steps=jnp.where(double, 0, good_steps))
+
+
+class Batches:
+    """The training split as the steps want it: on the device where it is small, else read from disk step by step.
+
+    Every process has a copy of the small split, from its own file, and reads its own rows of the large one.
+    """
+
+    def __init__(self, config: Config, tokens: Tokens, mesh: Mesh) -> None:
+        self.config, self.tokens, self.mesh = config, tokens, mesh
+        resident = tokens.ids.nbytes <= RESIDENT_BYTES
+        whole = lambda index: np.asarray(tokens.ids[index])  # noqa: E731
+        everywhere = sharding.replicated(mesh)
+        self.corpus = jax.make_array_from_callback(tokens.ids.shape, everywhere, whole) if resident else None
+
+    def __call__(self, first: int, stop: int) -> Array:
+        """The batches of steps first .. stop-1: starts int32 [K, B], or tokens uint16 [K, B, T+1]."""
+        train, block_size = self.config.train, self.config.model.block_size
+        starts_KB = np.stack(
+            [
+                batch_starts(train.seed, step, len(self.tokens), train.batch_size, block_size)
+                for step in range(first, stop)
+            ]
+        )
+        place = sharding.batch_sharding(self.mesh, 1)
+        if self.corpus is not None:
+            starts = lambda index: starts_KB[index].astype(np.int32)  # noqa: E731
+            return jax.make_array_from_callback(starts_KB.shape, place, starts)
+        windows = lambda index: self.tokens.windows(starts_KB[index[:2]], block_size + 1)  # noqa: E731
+        return jax.make_array_from_callback((*starts_KB.shape, block_size + 1), place, windows)

@@ -1,0 +1,27 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from picogpt_jax.devices import setup
+
+
+@pytest.mark.parametrize(
+    ("installed", "nodes", "environment", "expected"),
+    [
+        ({"libtpu"}, [], None, True),
+        ({"libtpu"}, ["accel0"], None, False),
+        ({"libtpu", "jax_plugins"}, [], None, False),  # a GPU's
+        ({"libtpu"}, [], "tpu", False),
+        (set(), [], None, False),
+    ],
+)
+def test_a_tpu_compiler_without_a_tpu_is_not_asked_for_devices(
+    installed: set[str], nodes: list[str], environment: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", environment)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(nodes if folder == Path("/dev") else []))
+    assert setup._only_cpu() is expected

@@ -1,0 +1,71 @@
+"""The tokenizer files, read back by Hugging Face's own libraries."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.text.vocabulary import Vocabulary
+
+# What a tokenizer may touch: spaces at the ends and in a row, a space before a full stop, contractions, line endings,
+# upper case, a combining accent, a digraph that NFKC takes apart, controls, characters beyond the basic plane.
+TEXT = "  it 's  .\n\n\r\n\tNo , we 'Re n't! e\u0301é ﬁ \u2028\u00a0日本 🙂🙂\U0010ffff\0\x7f </w>##▁Ġ\n "
+VOCABULARY = Vocabulary.from_text(TEXT)
+
+
+def write(folder: Path, vocabulary: Vocabulary, block_size: int = 1024) -> Path:
+    for name, value in tokenizer_files(vocabulary, block_size).items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+    return folder
+
+
+def test_tokenizers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(write(tmp_path, VOCABULARY) / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == VOCABULARY.size
+    for text in (TEXT, TEXT[::-1], "", *VOCABULARY.itos):
+        encoding = tokenizer.encode(text)
+        assert encoding.ids == VOCABULARY.encode(text).tolist(), ascii(text)
+        assert encoding.tokens == list(text)
+        assert tokenizer.decode(encoding.ids) == text
+
+
+def test_transformers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, VOCABULARY))
+    assert len(tokenizer) == VOCABULARY.size
+    assert tokenizer.model_max_length == 1024
+    assert tokenizer.all_special_tokens == []
+    for text in (TEXT, TEXT[::-1], *VOCABULARY.itos):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == VOCABULARY.encode(text).tolist(), ascii(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_transformers_writes_it_again_as_it_was(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, VOCABULARY))
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode(TEXT).ids == VOCABULARY.encode(TEXT).tolist()
+
+
+def test_a_long_text_and_any_order_of_the_vocabulary(tmp_path: Path) -> None:
+    chars = [chr(0x4E00 + index) for index in range(5000)]
+    vocabulary = Vocabulary(tuple(np.random.default_rng(0).permutation(chars).tolist()))
+    text = "".join(chars * 4)
+    tokenizer = Tokenizer.from_file(str(write(tmp_path, vocabulary) / "tokenizer.json"))
+    assert tokenizer.encode(text).ids == vocabulary.encode(text).tolist()
+
+
+@pytest.mark.parametrize("char", ["z", "é", "\n", "🙂"])
+def test_a_character_outside_the_vocabulary_raises(tmp_path: Path, char: str) -> None:
+    folder = write(tmp_path, Vocabulary.from_text("abc "))
+    message = r"Unk token `\[character outside the vocabulary\]` not found in the vocabulary"
+    with pytest.raises(Exception, match=message):  # the library raises a bare Exception
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode(f"ab{char}c")
+    with pytest.raises(Exception, match=message):
+        AutoTokenizer.from_pretrained(folder)(f"ab{char}c")

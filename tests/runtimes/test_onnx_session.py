@@ -1,0 +1,157 @@
+"""Which number of threads a call gets, calls side by side, and what does not depend on either."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_int8_model import random_model
+
+from picogpt_jax.devices.cpu import can_flush_denormals
+from picogpt_jax.errors import UserError
+from picogpt_jax.formats.onnx_export import onnx_model, save_onnx
+from picogpt_jax.runtimes import onnx_session
+from picogpt_jax.runtimes.onnx_model import OnnxGPT
+from picogpt_jax.runtimes.onnx_session import ALONE, PER_CORE, Feeds, Session
+
+TOKEN = {"input_ids": np.zeros((1, 1), np.int64)}
+
+
+class Machine:
+    """Four cores; sessions return what they are given as outputs, with the number of threads and the first id.
+
+    Attributes:
+        opened: the numbers of threads of the sessions, in order, with the model.
+        calls: the first ids of all.
+        together: how many calls must be under way at once for any to end.
+    """
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[int, object]] = []
+        self.calls: list[int] = []
+        self.together = threading.Barrier(1)
+
+    def open(self, model: object, threads: int) -> Any:
+        machine = self
+        machine.opened.append((threads, model))
+
+        class Opened:
+            def run(self, outputs: list[str], feeds: Feeds) -> list[Any]:
+                first = int(feeds["input_ids"].flat[0])
+                machine.together.wait(timeout=20)
+                machine.calls.append(first)
+                if first < 0:
+                    raise RuntimeError(f"call {first}")
+                return [*outputs, threads, first]
+
+        return Opened()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(onnx_session, "open_session", machine.open)
+    monkeypatch.setattr(onnx_session, "cores", lambda: 4)
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("threads", "limits", "opened", "side_by_side"),
+    [
+        (None, {}, [ALONE], 4),
+        (3, {}, [3], 1),
+        (None, {"SMALL_MODEL": 4}, [PER_CORE], 1),
+        (None, {"SMALL_CALL": 4}, [ALONE, PER_CORE], 4),
+        (None, {"cores": lambda: 1}, [ALONE], 1),
+    ],
+    ids=["a small model", "a number given", "a large model", "a large call", "one core"],
+)
+def test_small_calls_of_small_models_have_one_thread(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int | None,
+    limits: dict[str, Any],
+    opened: list[int],
+    side_by_side: int,
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(onnx_session, name, value)
+    session = Session(b"model", threads)
+    for _ in range(2):
+        assert session.run(["logits"], TOKEN) == ["logits", opened[-1], 0]
+    assert machine.opened == [(number, b"model") for number in opened]
+    assert session.side_by_side == side_by_side
+
+
+def test_calls_side_by_side_come_back_in_order(machine: Machine) -> None:
+    machine.together = threading.Barrier(4)
+    session = Session(b"model", None)
+    feeds = [lambda index=index: {"input_ids": np.full((1, 1), index)} for index in range(8)]
+    assert session.run_all(["logits"], feeds) == [["logits", ALONE, index] for index in range(8)]
+    machine.together = threading.Barrier(1)
+    assert Session(b"model", 3).run_all(["logits"], feeds[:2]) == [["logits", 3, 0], ["logits", 3, 1]]
+
+
+def test_a_call_that_fails_ends_the_others(machine: Machine) -> None:
+    machine.together = threading.Barrier(4)  # so each thread fails
+    session = Session(b"model", None)
+    feeds = [lambda: {"input_ids": np.full((1, 1), -1)} for _ in range(100)]
+    with pytest.raises(RuntimeError, match="call -1"):
+        session.run_all(["logits"], feeds)
+    assert machine.calls == [-1] * 4
+    machine.together = threading.Barrier(1)
+    assert session.run_all(["logits"], [lambda: TOKEN] * 9) == [["logits", ALONE, 0]] * 9, "the threads live on"
+
+
+def test_a_window_that_is_large_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = onnx_model(random_model()).SerializeToString()
+    monkeypatch.setattr(onnx_session, "cores", lambda: 4)
+    assert OnnxGPT(contents).windows_at_once == 4
+    monkeypatch.setattr(onnx_session, "SMALL_CALL", 15 * len(contents))
+    model = OnnxGPT(contents)
+    assert model.windows_at_once == 1
+    assert model.forward(np.zeros((3, 16), np.int64)).shape == (3, 16, 11)
+
+
+def test_a_file_that_changes_later_does_not_matter(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(onnx_session, "SMALL_CALL", 4)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"first")
+    session = Session(path, None)
+    path.write_bytes(b"second")
+    session.run(["logits"], TOKEN)
+    assert machine.opened == [(ALONE, b"first"), (PER_CORE, b"first")]
+    with pytest.raises(UserError, match="cannot be read: No such file or directory; see that"):
+        Session(tmp_path / "nothing.onnx", None)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_number_of_threads_does_not_change_a_bit(exact: bool) -> None:
+    """Large enough for ONNX Runtime to split the work, and for several parts side by side."""
+    model = random_model(n_layer=2, n_head=4, n_embd=192, block_size=128)
+    contents = onnx_model(model, exact=exact).SerializeToString()
+    alone, *others = (OnnxGPT(contents, threads) for threads in (1, 2, 3, None))
+    for batch, time in ((1, 1), (1, 128), (5, 33), (7, 128)):
+        tokens_BT = np.random.default_rng(time).integers(0, 11, (batch, time))
+        for other in others:
+            np.testing.assert_array_equal(other.forward(tokens_BT), alone.forward(tokens_BT))
+
+
+@pytest.mark.skipif(not can_flush_denormals(), reason="denormal numbers are left alone here (not Linux on x86-64)")
+def test_opening_and_running_leave_this_threads_denormals_alone(tmp_path: Path) -> None:
+    """In a process of its own: ONNX Runtime would set the thread that opens its first session, for good."""
+    save_onnx(random_model(), tmp_path / "onnx")
+    code = (
+        "import sys, numpy as np; from picogpt_jax.runtimes.onnx_model import OnnxGPT; "
+        "model = OnnxGPT.load(sys.argv[1]); "
+        "model.forward(np.zeros((3, 16), np.int64)); print(np.float32(2e-38) * np.float32(0.01) > 0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "onnx")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr

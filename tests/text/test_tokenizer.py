@@ -1,0 +1,173 @@
+"""Vocabularies from tokenizer.json: byte pairs as the library computes them, characters without it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from picogpt_jax.errors import UserError
+from picogpt_jax.text.reading import load_vocabulary, vocabulary_of_data
+from picogpt_jax.text.tokenizer import TokenizerVocabulary, read_tokenizer
+from picogpt_jax.text.vocabulary import Vocabulary
+
+TEXT = "the quick brown fox, the lazy dog\nand then\tthe théâtre: 猫 🦊 <|endoftext|> x"
+
+
+def byte_level_bpe() -> dict[str, Any]:
+    """GPT-2's kind of tokenizer, small: 256 bytes, 20 merges, one special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=277,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox and then the other"] * 4, trainer)
+    return json.loads(tokenizer.to_str())
+
+
+DEFINITION = byte_level_bpe()
+SIZE = 277
+
+
+def write(folder: Path, definition: Any) -> Path:
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Vocabulary:
+    return read_tokenizer(write(tmp_path, DEFINITION), SIZE)
+
+
+def test_text_becomes_the_tokens_of_the_library_and_text_again(vocabulary: Vocabulary) -> None:
+    ids = vocabulary.encode(TEXT)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == Tokenizer.from_str(json.dumps(DEFINITION)).encode(TEXT).ids
+    assert len(ids) < len(TEXT.encode()), "merges are applied"
+    assert vocabulary.decode(ids) == TEXT
+    assert vocabulary.decode(ids.tolist()) == TEXT
+    assert vocabulary.n_characters(ids) == len(TEXT)
+    assert (vocabulary.size, vocabulary.default_prompt) == (SIZE, "\n")
+
+
+def test_settings_that_cut_or_pad_a_text_are_undone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(DEFINITION))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=100)
+    vocabulary = read_tokenizer(write(tmp_path, json.loads(tokenizer.to_str())), SIZE)
+    assert vocabulary.decode(vocabulary.encode(TEXT)) == TEXT
+
+
+def test_it_travels_as_json(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    vocabulary.save(tmp_path / "vocab.json")
+    again = load_vocabulary(tmp_path / "vocab.json")
+    assert again == vocabulary
+    assert isinstance(again, TokenizerVocabulary)
+    (tmp_path / "meta.json").write_text(json.dumps({**vocabulary.to_json(), "dataset": "x"}))
+    assert vocabulary_of_data(tmp_path) == vocabulary
+    assert again != read_tokenizer(write(tmp_path, DEFINITION), SIZE + 1)
+
+
+def test_a_padded_vocabulary_has_ids_without_a_text(tmp_path: Path) -> None:
+    vocabulary = read_tokenizer(write(tmp_path, DEFINITION), 320)
+    assert vocabulary.size == 320
+    assert vocabulary.decode([*vocabulary.encode("the"), 319, *vocabulary.encode("fox")]) == "thefox"
+    with pytest.raises(UserError, match="id 320 at position 0 is outside the vocabulary of 320"):
+        vocabulary.decode([320])
+
+
+def test_what_no_token_stands_for_is_refused(tmp_path: Path) -> None:
+    definition = json.loads(json.dumps(DEFINITION))
+    model = definition["model"]
+    model["vocab"]["unused"] = model["vocab"].pop("x")  # a byte that is no token
+    vocabulary = read_tokenizer(write(tmp_path, definition), SIZE)
+    assert vocabulary.decode(vocabulary.encode("the fo")) == "the fo"
+    with pytest.raises(UserError, match="--start holds characters that the tokenizer cannot represent"):
+        vocabulary.encode("the fox!", "--start")
+
+
+def characters(vocab: dict[str, int], **changes: Any) -> dict[str, Any]:
+    model = {"type": "BPE", "unk_token": "[none]", "vocab": vocab, "merges": [], **changes}
+    names = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor")
+    return {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model} | dict.fromkeys(names)
+
+
+def test_byte_pairs_without_merges_are_characters(tmp_path: Path) -> None:
+    vocab = {"\n": 0, " ": 1, "é": 3, "猫": 2}
+    Tokenizer.from_str(json.dumps(characters(vocab)))  # the control: the library reads it
+    vocabulary = read_tokenizer(write(tmp_path, characters(vocab)), 4)
+    assert vocabulary == Vocabulary(("\n", " ", "猫", "é"))
+    assert vocabulary.to_json()["type"] == "char"
+
+
+def test_characters_need_no_library(tmp_path: Path) -> None:
+    write(tmp_path, characters({"a": 0, "b": 1}))
+    code = "import sys; sys.modules['tokenizers'] = None; from picogpt_jax.text.tokenizer import read_tokenizer; "
+    code += "print(read_tokenizer(sys.argv[1], 2).encode('ba').tolist()); "
+    code += "from picogpt_jax.text.tokenizer import TokenizerVocabulary as T; T(('a',), '{}').encode('a')"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[1, 0]\n"
+    assert "ImportError: this vocabulary needs tokenizers; install it with: pip install" in done.stderr
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return DEFINITION | changes
+
+
+def with_model(**changes: Any) -> dict[str, Any]:
+    return DEFINITION | {"model": DEFINITION["model"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        ([], "is no tokenizer.json: model is NoneType"),
+        ({}, "is no tokenizer.json: model is NoneType"),
+        (changed(model=None), "is no tokenizer.json: model is NoneType; expected a dict"),
+        (with_model(type="Unigram"), "model is 'Unigram'; expected 'BPE'"),
+        (changed(pre_tokenizer={"type": "Split"}), "pre_tokenizer is 'Split'; expected 'ByteLevel'"),
+        (changed(decoder=None), "decoder is NoneType; expected a dict"),
+        (changed(normalizer={"type": "Lowercase"}), "a normalizer, or BPE dropout, changes the text"),
+        (with_model(dropout=0.1), "a normalizer, or BPE dropout, changes the text"),
+        (with_model(vocab=[]), "model.vocab is list; expected a dict"),
+        (with_model(vocab={"a": 0, "b": 0}), "token 'b' has the id 0; expected distinct ids below 277"),
+        (with_model(vocab={"a": 277}), "token 'a' has the id 277; expected distinct"),
+        (with_model(vocab={"a": -1}), "token 'a' has the id -1"),
+        (with_model(vocab={"a": 1.0}), "token 'a' has the id 1.0"),
+        (with_model(vocab={"a": True}), "token 'a' has the id True"),
+        (with_model(vocab={str(i): i for i in range(300)}), "has 301 tokens, the model 277"),
+        (with_model(merges=["a"]), r"the tokenizer is damaged \("),
+        (with_model(merges=[["no", "such"]]), r"the tokenizer is damaged \("),
+        (changed(added_tokens=[3]), "added_tokens is not a list of tokens"),
+        (changed(added_tokens=[{"id": 3, "content": ["x"]}]), "added_tokens is not a list of tokens"),
+        (changed(added_tokens=[{"id": 3, "content": "x"}]), "has the id|is damaged"),
+        (characters({"ab": 0}), "entry 0 is 'ab'; expected a string of one character"),
+        (characters({"a": 1}), "token 'a' has the id 1"),
+        (characters({}), "has 0 tokens"),
+    ],
+)
+def test_another_tokenizer_is_refused(tmp_path: Path, definition: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_tokenizer(write(tmp_path, definition), SIZE)
+
+
+@pytest.mark.parametrize("value", [{"type": "tokenizer"}, {"type": "tokenizer", "vocab_size": "3", "tokenizer": {}}])
+def test_a_wrong_vocab_json_is_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"vocab.json is no tokenizer; expected \{\"type\": \"tokenizer\""):
+        load_vocabulary(tmp_path / "vocab.json")
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer.json; save one there with transformers' save_pretrained"):
+        read_tokenizer(tmp_path, 3)
