@@ -134,10 +134,11 @@ def load_jax(path: Path) -> Passes:
 
     from picogpt_jax.int8.convert import serving_quant, serving_variables
     from picogpt_jax.model.gpt import GPT
+    from picogpt_jax.model.numerics import Numerics
     from picogpt_jax.runtimes.jax_generator import Generator
 
     model = load_int8_model(path)
-    network, variables = GPT(model.model, serving_quant(model), "serve"), serving_variables(model)
+    network, variables = GPT(model.model, Numerics(serving_quant(model), "serve")), serving_variables(model)
     forward = jax.jit(network.apply, compiler_options=compiler_options())
     generator = Generator.from_int8(model)
     return (

@@ -103,18 +103,25 @@ def evaluate_jax(is_int8: bool) -> tuple[float, int, Vocabulary]:
     from picogpt_jax.devices.sharding import make_mesh
     from picogpt_jax.int8 import convert
     from picogpt_jax.model.gpt import GPT
+    from picogpt_jax.model.numerics import Numerics
     from picogpt_jax.training.evaluate import Evaluator
 
     if is_int8:
         model = sources.load_int8(MODEL.value)
         config, vocabulary = model.model, model.vocabulary
-        network, variables = GPT(config, convert.serving_quant(model), "serve"), convert.serving_variables(model)
+        network, variables = (
+            GPT(config, Numerics(convert.serving_quant(model), "serve")),
+            convert.serving_variables(model),
+        )
     else:
         source = sources.load_float(MODEL.value)
         config, vocabulary = source.config, source.vocabulary
         is_workdir = sources.recognise(MODEL.value) == "workdir"
         quantized = source.qat and FORWARD.value == "trained" and is_workdir
-        network, variables = GPT(config, source.quant, "train" if quantized else "float"), {"params": source.params}
+        network, variables = (
+            GPT(config, Numerics(source.quant, "train" if quantized else "float")),
+            {"params": source.params},
+        )
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)

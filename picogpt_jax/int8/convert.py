@@ -14,6 +14,7 @@ from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.devices import sharding
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, converted, quantize
 from picogpt_jax.text.vocabulary import Vocabulary
 
@@ -62,7 +63,7 @@ def int8_model(
         training: what to note about the run (step, val_loss, dataset, ...).
     """
     quant = dataclasses.replace(quant, mode="int8", backward_bits=None)
-    model = GPT(config, quant, "convert")
+    model = GPT(config, Numerics(quant, "convert"))
     tokens = jnp.zeros((1, 1), jnp.int32)
     _, collections = jax.jit(lambda params: model.apply({"params": params}, tokens, mutable=["aqt"]))(params)
     wpe = jax.jit(quantize, static_argnums=1)(params["wpe"]["embedding"], quant.weight_granularity)
@@ -131,7 +132,7 @@ def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, A
 
 def abstract_parameters(config: ModelConfig) -> Any:
     """Shapes and logical axes of the float parameters, without computing them."""
-    init = GPT(config, FLOAT, "float").init
+    init = GPT(config, Numerics(FLOAT, "float")).init
     return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 

@@ -1,223 +1,48 @@
-"""Causal attention: the plain form, and the fused kernels of accelerators, which never store the scores [T, T].
+"""Causal attention in the plain form: on any device, in any type, with dropout and with a cache.
 
-plain   what every runtime computes, and what the promise "trained as served, bit for bit" is about; any device, any
-        type, with dropout and with a cache of earlier positions.
-cudnn   NVIDIA's, through `jax.nn.dot_product_attention`.
-splash  the Pallas kernel for TPUs.
+It is what every runtime computes, and what the promise "trained as served, bit for bit" is about. The fused kernels of
+accelerators are in `kernels.fused_attention`.
 
-Where a kernel can serve, `train.attention=auto` measures it and the plain form, and takes the faster one.
-
-A fused kernel sums in another order and keeps its weights in blocks, so results differ from the plain form in the last
-bits of the compute type. None of them has dropout: a run with `model.dropout` > 0 computes the plain form.
-
-Shapes: B batch, T time (query), S time (key), H heads, D head size.
+Shapes: B batch, T time (t of the queries), S positions of a cache, H heads, D head size.
 """
 
 import functools
-import math
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from jax import lax
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.config import AttentionForm, ModelConfig
-from picogpt_jax.devices import sharding
-from picogpt_jax.devices.setup import compiler_options
-from picogpt_jax.errors import UserError
 from picogpt_jax.kernels import products
 from picogpt_jax.model import rounding
-from picogpt_jax.model.dropout import DropoutKey, dropout
+from picogpt_jax.model.numerics import Numerics
 
-LANES = 128  # of a TPU: a block of the kernel is a multiple of them
-MAX_BLOCK = 512  # positions in a block of the kernel
-WARM_UP_CALLS, TIMED_CALLS = 3, 10
-MARGIN = 1.05  # a kernel may be so much slower than the plain form, which stores the scores, and is still taken
-
-
-def choose(
-    wanted: AttentionForm,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    device: jax.Device,
-    measure: Callable[[AttentionForm], float] | None,
-) -> AttentionForm:
-    """The form that a run computes; of several processes, each must ask, and all get what the first one measured.
-
-    Args:
-        wanted: `train.attention`; "auto" takes the faster one of the plain form and the device's fused kernel, where
-            that can serve.
-        device: one of the mesh; they are all alike.
-        measure: the seconds that a form takes, such as `seconds`; None, where nothing can run on the devices: "auto"
-            then takes the kernel.
-
-    Raises:
-        UserError: a kernel was asked for by name and cannot serve this model or device.
-    """
-    if wanted == "auto":
-        kernel: AttentionForm = "splash" if device.platform == "tpu" else "cudnn"
-        if why_not(kernel, config, dtype, device):
-            return "plain"
-        if measure is None:
-            return kernel
-        is_kernel = jax.process_index() != 0 or _faster(kernel, measure) == kernel
-        return kernel if multihost_utils.broadcast_one_to_all(np.int32(is_kernel)) else "plain"
-    reason = None if wanted == "plain" else why_not(wanted, config, dtype, device)
-    if reason:
-        raise UserError(f"train.attention={wanted}: {reason}; change that, or use train.attention=auto")
-    return wanted
+# Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
+LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""]]
+Drop = Callable[[Array], Array]  # dropout
 
 
-def _faster(kernel: AttentionForm, measure: Callable[[AttentionForm], float]) -> AttentionForm:
-    """The kernel or the plain form, whichever is faster; says which, and why. What fails is passed over."""
-    times: dict[AttentionForm, float] = {}
-    for form in (kernel, "plain"):
-        try:
-            times[form] = measure(form)
-        except Exception as error:  # whatever cuDNN, the compiler or a full memory raises
-            reason = " ".join(str(error).split())[:500]
-            # As an error: warnings are below what the scripts show.
-            logging.error("train.attention=auto passes %s over: %s: %s", form, type(error).__name__, reason)
-    is_kernel = kernel in times and times[kernel] <= MARGIN * times.get("plain", math.inf)
-    chosen: AttentionForm = kernel if is_kernel else "plain"
-    said = ", ".join(f"{form} {1e3 * duration:.3f} ms" for form, duration in times.items())
-    print(f"attention: {chosen} (forward and backward: {said or 'nothing could be measured'})", flush=True)
-    return chosen
-
-
-def seconds(
-    form: AttentionForm, shape_BHTD: tuple[int, int, int, int], dtype: jnp.dtype, interpret: bool = False
-) -> float:
-    """The median time of a form's result and gradients, of numbers drawn at random, on one device of this process.
-
-    Args:
-        shape_BHTD: a device's share.
-        interpret: see `fused`.
-    """
-    q, k, v, gradient = jax.random.normal(jax.random.key(0), (4, *shape_BHTD), dtype)
-    attend = causal if form == "plain" else functools.partial(fused, form, interpret=interpret)
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def step(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, tuple[Array, ...]]:
-        y, backward = jax.vjp(attend, q, k, v)
-        return y, backward(gradient)
-
-    times = []
-    for _ in range(WARM_UP_CALLS + TIMED_CALLS):
-        began = time.perf_counter()
-        jax.block_until_ready(step(q, k, v, gradient))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[WARM_UP_CALLS:])
-
-
-def why_not(form: AttentionForm, config: ModelConfig, dtype: jnp.dtype, device: jax.Device) -> str | None:
-    """What keeps a fused kernel from serving; None where nothing does."""
-    platform = {"cudnn": "gpu", "splash": "tpu"}[form]
-    if device.platform != platform:
-        return f"it runs on a {platform.upper()}, the devices are {device.device_kind}"
-    if config.dropout > 0.0:
-        return f"it has no dropout, and model.dropout={config.dropout}"
-    if form == "splash" and config.block_size % LANES:
-        return f"model.block_size={config.block_size} is not a multiple of {LANES}"
-    if form == "cudnn" and dtype == jnp.float32:
-        return "it computes in half precision, and train.dtype is float32"
-    if form == "cudnn" and (config.head_size % 8 or config.head_size > 128):
-        return f"the head size n_embd / n_head = {config.head_size} is not a multiple of 8 up to 128"
-    if form == "cudnn" and _compute_capability(device) < 8.0:
-        return f"it needs compute capability 8.0, and {device.device_kind} has {_compute_capability(device)}"
-    return None
-
-
-def _compute_capability(device: jax.Device) -> float:
-    return float(getattr(device, "compute_capability", "0"))
-
-
-def fused(
-    form: AttentionForm,
-    q_BHTD: Float[Array, "B H T D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    interpret: bool = False,
-) -> Float[Array, "B H T D"]:
-    """The same as `plain` without a past and without dropout, by a fused kernel.
-
-    A kernel is opaque to the compiler's partitioner: each device calls it for its own sequences and heads.
-
-    Args:
-        interpret: compute the Pallas kernel by an interpreter, on any device (for tests).
-    """
-
-    def kernel(q: Float[Array, "b h T D"], k: Float[Array, "b h T D"], v: Float[Array, "b h T D"]) -> Array:
-        return _cudnn(q, k, v) if form == "cudnn" else _splash(q, k, v, interpret)
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_BHTD, k_BHTD, v_BHTD)
-    place = sharding.partition_spec(("batch", "heads", None, None))
-    # check_vma: Pallas calls do not say over which mesh axes their results vary.
-    sharded = jax.shard_map(kernel, in_specs=(place, place, place), out_specs=place, check_vma=False)
-    return sharded(q_BHTD, k_BHTD, v_BHTD)
-
-
-def _cudnn(
-    q_BHTD: Float[Array, "B H T D"], k_BHTD: Float[Array, "B H T D"], v_BHTD: Float[Array, "B H T D"]
-) -> Float[Array, "B H T D"]:
-    q_BTHD, k_BTHD, v_BTHD = (x.transpose(0, 2, 1, 3) for x in (q_BHTD, k_BHTD, v_BHTD))
-    y_BTHD = jax.nn.dot_product_attention(q_BTHD, k_BTHD, v_BTHD, is_causal=True, implementation="cudnn")
-    return y_BTHD.transpose(0, 2, 1, 3)
-
-
-def _splash(
-    q_BHTD: Float[Array, "B H T D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    interpret: bool,
-) -> Float[Array, "B H T D"]:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    _, heads, time, head_size = q_BHTD.shape
-    block = next(size for size in range(MAX_BLOCK, 0, -LANES) if time % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
-    attend = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    return jax.vmap(attend)(q_BHTD * head_size**-0.5, k_BHTD, v_BHTD)  # the kernel does not scale
-
-
-def plain(
+def attend(
+    numerics: Numerics,
     q_BHtD: Float[Array, "B H t D"],
     k_BHTD: Float[Array, "B H T D"],
     v_BHTD: Float[Array, "B H T D"],
-    past: tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""], bool] | None,
-    rate: float,
-    key: DropoutKey | None,
-    site: str,
-    backward_dtype: jnp.dtype | None = None,
+    past: LayerCache | None,
+    drop: Drop,
 ) -> Float[Array, "B H t D"]:
     """Causal attention with softmax in float32; the queries are the last t of the T positions.
 
     Args:
-        past: keys, values and number of the positions before these, and whether attention to them is exact; read as
-            they are, apart from the new ones, so that the compiler can update the cache in place.
-        rate, key, site: of the dropout on the attention weights.
-        backward_dtype: what the operands of the gradients' products are rounded to, in training.
+        past: the positions before these; read as they are, apart from the new ones, so that the compiler can update the
+            cache in place. There is no dropout with them.
+        drop: dropout on the attention weights.
     """
-    if past is None:
-        drop = lambda weights: dropout(weights, rate, key, site)  # noqa: E731
-        attend = functools.partial(causal, drop=drop, backward_dtype=None if key is None else backward_dtype)
-        return rounding.in_float64(attend, exact=key is None)(q_BHtD, k_BHTD, v_BHTD)
-    return cached_attention(q_BHtD, k_BHTD, v_BHTD, *past)
+    if past is not None:
+        return cached_attention(q_BHtD, k_BHTD, v_BHTD, *past, exact=numerics.exact_cache)
+    backward_dtype = None if numerics.exact else numerics.backward_dtype
+    form = functools.partial(causal, drop=drop, backward_dtype=backward_dtype)
+    return rounding.in_float64(form, numerics.exact)(q_BHtD, k_BHTD, v_BHTD)
 
 
 def causal_scores(
@@ -245,7 +70,7 @@ def causal(
     q_BHtD: Float[Array, "B H t D"],
     k_BHTD: Float[Array, "B H T D"],
     v_BHTD: Float[Array, "B H T D"],
-    drop: Callable[[Array], Array] = lambda weights: weights,
+    drop: Drop = lambda weights: weights,
     backward_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "B H t D"]:
     """Attention of the last t of T positions; `drop` is the dropout on the weights."""

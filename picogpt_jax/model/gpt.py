@@ -14,19 +14,16 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.config import AttentionForm, ModelConfig, QuantConfig, Remat
+from picogpt_jax.config import ModelConfig, Remat
 from picogpt_jax.devices.sharding import constrain
 from picogpt_jax.kernels.barriers import materialized, scaled
+from picogpt_jax.kernels.fused_attention import fused as fused_attention
 from picogpt_jax.kernels.int8_product import is_int8_product
 from picogpt_jax.model import attention, rounding
 from picogpt_jax.model.dropout import DropoutKey, dropout
-from picogpt_jax.model.linear import Dense, Embedding, as_row
-from picogpt_jax.model.quantization import Mode
+from picogpt_jax.model.linear import Dense, Embedding, as_row, init_stddev
+from picogpt_jax.model.numerics import Numerics
 
-# Keys and values [B, H, S, D] of one layer's earlier positions, their number, and `KVCache.exact`.
-LayerCache = tuple[Array, Array, Array, bool]
-
-FLOAT32 = jnp.dtype("float32")
 # "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
 # "dots" also keeps the results of the products with weights, which are most of that work.
 REMAT_POLICIES = {
@@ -44,39 +41,37 @@ class KVCache:
     Attributes:
         layers: for each layer keys and values, [B, H, S, D] in the compute type; what lies beyond `length` is not read.
         length: int32 scalar, positions filled.
-        exact: whether attention to them is as exact as to a window's own positions (`picogpt_jax.model.rounding`).
     """
 
     layers: tuple[tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]], ...]
     length: Int[Array, ""]
-    exact: bool = struct.field(pytree_node=False, default=True)
 
 
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, in float32 at least; the result in the compute type."""
 
-    epsilon: float
-    use_bias: bool
-    dtype: jnp.dtype
+    config: ModelConfig
+    numerics: Numerics
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... C"], exact: bool) -> Float[Array, "... C"]:
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        exact = self.numerics.exact
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         vectors: list[Any] = [self.param("scale", init, (x.shape[-1],), jnp.float32)]
-        if self.use_bias:
+        if self.config.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             vectors.append(self.param("bias", init, (x.shape[-1],), jnp.float32))
 
         def normalize(x: Array, scale: Array, *bias: Array) -> Array:
             centred = x - x.mean(-1, keepdims=True)
-            inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+            inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
             # As served; and, in training, with a gradient of the scale that is fast on CPU.
             y = centred * (inverse * scale) if exact else scaled(centred * inverse, scale)
             return y + bias[0] if bias else y
 
         rows = [as_row(vector, x.ndim) for vector in vectors]
         y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows)
-        return y.astype(self.dtype)
+        return y.astype(self.numerics.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -131,38 +126,32 @@ class Attention(nn.Module):
     """Multi-head causal self-attention, q, k and v from one matmul."""
 
     config: ModelConfig
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype
-    backward_dtype: jnp.dtype | None
-    form: AttentionForm
+    numerics: Numerics
 
     @nn.compact
     def __call__(
         self,
         x_BTC: Float[Array, "B T C"],
         key: DropoutKey | None,
-        cache: LayerCache | None,
+        cache: attention.LayerCache | None,
         last_only: bool,
     ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
-        config = self.config
+        config, numerics = self.config, self.numerics
         batch, time, width = x_BTC.shape
-        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
-        qkv = Dense(3 * width, name="c_attn", axes=("embed", "qkv"), parts=3, **dense)(x_BTC)
+        qkv = Dense(3 * width, ("embed", "qkv"), numerics, config.bias, parts=3, name="c_attn")(x_BTC)
         heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
-        if self.form == "plain" or cache is not None or last_only:
-            dropped = (config.dropout, key, f"{site}/weights")
-            y_BHTD = attention.plain(q_BHTD, k_BHTD, v_BHTD, cache, *dropped, self.backward_dtype)
+        if numerics.attention == "plain" or cache is not None or last_only:
+            drop = functools.partial(dropout, rate=config.dropout, key=key, site=f"{site}/weights")
+            y_BHTD = attention.attend(numerics, q_BHTD, k_BHTD, v_BHTD, cache, drop)
         else:
-            y_BHTD = attention.fused(self.form, q_BHTD, k_BHTD, v_BHTD)
+            y_BHTD = fused_attention(numerics.attention, q_BHTD, k_BHTD, v_BHTD)
         updated = (k_BHTD, v_BHTD)
         if cache is not None:
-            keys_BHSD, values_BHSD, length, _ = cache
+            keys_BHSD, values_BHSD, length = cache
             # What is written is made to depend on the result (which is never NaN): the compiler then knows that the old
             # cache has been read, and writes in place. Without it every cache was copied twice for every token.
             broken = jnp.isnan(y_BHTD[:, :, -1:])
@@ -171,93 +160,72 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim(values_BHSD, jnp.where(broken, 0.0, v_BHTD), length, 2),
             )
         y_BTC = y_BHTD.transpose(0, 2, 1, 3).reshape(batch, time, width)
-        y_BTC = Dense(width, name="c_proj", axes=("heads", "embed"), **dense)(y_BTC)
+        stddev = init_stddev("c_proj", config.n_layer)
+        y_BTC = Dense(width, ("heads", "embed"), numerics, config.bias, stddev, name="c_proj")(y_BTC)
         return dropout(y_BTC, config.dropout, key, f"{site}/residual"), updated
 
 
 class MLP(nn.Module):
     config: ModelConfig
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype
-    backward_dtype: jnp.dtype | None
+    numerics: Numerics
 
     @nn.compact
     def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
-        config = self.config
-        dense: dict[str, Any] = dict(use_bias=config.bias, quant=self.quant, mode=self.mode, dtype=self.dtype)
-        dense |= dict(n_layer=config.n_layer, backward_dtype=self.backward_dtype)
-        h_BTF = Dense(config.n_hidden, name="c_fc", axes=("embed", "mlp"), **dense)(x_BTC)
-        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), exact=key is None)
-        y_BTC = Dense(config.n_embd, name="c_proj", axes=("mlp", "embed"), **dense)(h_BTF)
+        config, numerics = self.config, self.numerics
+        h_BTF = Dense(config.n_hidden, ("embed", "mlp"), numerics, config.bias, name="c_fc")(x_BTC)
+        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), numerics.exact)
+        stddev = init_stddev("c_proj", config.n_layer)
+        y_BTC = Dense(config.n_embd, ("mlp", "embed"), numerics, config.bias, stddev, name="c_proj")(h_BTF)
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
 
 
 class Block(nn.Module):
     config: ModelConfig
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype
-    backward_dtype: jnp.dtype | None
-    attention: AttentionForm
+    numerics: Numerics
 
     @nn.compact
     def __call__(
         self,
         x_BTC: Float[Array, "B T C"],
         key: DropoutKey | None,
-        cache: LayerCache | None,
+        cache: attention.LayerCache | None,
         last_only: bool,
     ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
-        config = self.config
-        exact = key is None
-        norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, use_bias=config.bias, dtype=self.dtype)
-        parts = (config, self.quant, self.mode, self.dtype, self.backward_dtype)
-        y_BTC, updated = Attention(*parts, self.attention, name="attn")(
-            LayerNorm(**norm, name="ln_1")(x_BTC, exact), key, cache, last_only
-        )
+        config, numerics = self.config, self.numerics
+        normed_BTC = LayerNorm(config, numerics, name="ln_1")(x_BTC)
+        y_BTC, updated = Attention(config, numerics, name="attn")(normed_BTC, key, cache, last_only)
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
         x_BTC = constrain(x_BTC, "batch", None, None)
-        x_BTC = x_BTC if exact else materialized(x_BTC)
-        x_BTC = x_BTC + MLP(*parts, name="mlp")(LayerNorm(**norm, name="ln_2")(x_BTC, exact), key)
+        x_BTC = x_BTC if numerics.exact else materialized(x_BTC)
+        x_BTC = x_BTC + MLP(config, numerics, name="mlp")(LayerNorm(config, numerics, name="ln_2")(x_BTC), key)
         x_BTC = constrain(x_BTC, "batch", None, None)
-        return x_BTC if exact else materialized(x_BTC), updated
+        return x_BTC if numerics.exact else materialized(x_BTC), updated
 
 
 class GPT(nn.Module):
     """The language model.
 
     Attributes:
-        mode: "float", "train" (QAT), "convert" (QAT that keeps the codes) or "serve" (int8 codes given).
-        dtype: the compute type; parameters are float32.
         scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.model.layers`).
         remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
             "train", without a cache.
-        attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
-        backward_dtype: what the operands of the backward pass's products are rounded to (`kernels.products`); None:
-            they have the compute type.
     """
 
     config: ModelConfig
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype = FLOAT32
+    numerics: Numerics
     scan: bool = False
     remat: Remat = "none"
-    attention: AttentionForm = "plain"
-    backward_dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
-        config = self.config
-        parts = (self.quant, self.mode, self.dtype)
-        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, ("vocab", "embed"), self.backward_dtype)
-        self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
+        config, numerics = self.config, self.numerics
+        self.wte = Embedding(config.vocab_size, config.n_embd, ("vocab", "embed"), numerics)
+        self.wpe = Embedding(config.block_size, config.n_embd, ("position", "embed"), numerics)
         self.h: Any
         if self.scan:
-            self.h = Block(config, *parts, self.backward_dtype, self.attention)
+            self.h = Block(config, numerics)
         else:
-            self.h = [Block(config, *parts, self.backward_dtype, self.attention) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, config.bias, self.dtype)
+            self.h = [Block(config, numerics) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config, numerics)
 
     def __call__(
         self,
@@ -272,7 +240,7 @@ class GPT(nn.Module):
         Args:
             tokens_BT: token ids; without a cache they are at positions 0.., with one they follow what it holds.
             keep_cache: without a cache, start one with these tokens.
-            key: dropout's key; None in evaluation, which is exact: see `picogpt_jax.model.rounding`.
+            key: dropout's key; None in evaluation.
             cache: keys and values of earlier positions.
             last_only: compute the logits of the last position only, [B, 1, V].
 
@@ -290,7 +258,7 @@ class GPT(nn.Module):
         # From tables split along their width, rows come in parts; then each goes whole to its device.
         x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
-        x_BTC = x_BTC if key is None else materialized(x_BTC)
+        x_BTC = x_BTC if self.numerics.exact else materialized(x_BTC)
         updates: list[Any] = []
         if self.scan or self.remat != "none":
             if cache is not None or keep_cache or last_only:
@@ -300,21 +268,18 @@ class GPT(nn.Module):
             x_BTC = self._blocks(x_BTC, key)
         else:
             for layer, block in enumerate(self.h):
-                past = None if cache is None else (*cache.layers[layer], cache.length, cache.exact)
+                past = None if cache is None else (*cache.layers[layer], cache.length)
                 # Of the last layer, only the keys and values of the other positions matter to the last one.
                 x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
                 updates.append(updated)
-        logits_BTV = constrain(
-            self.wte.attend(self.ln_f(x_BTC, exact=key is None)).astype(jnp.float32), "batch", None, "vocab"
-        )
+        logits_BTV = constrain(self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32), "batch", None, "vocab")
         if cache is None and not keep_cache:
             return logits_BTV
         if cache is None:
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
             updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
         place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
-        exact = cache is None or cache.exact
-        return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time), exact)
+        return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time))
 
     def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         """All blocks, scanned or rematerialised."""

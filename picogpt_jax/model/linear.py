@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.config import QuantConfig
 from picogpt_jax.devices.sharding import constrain, splits
 from picogpt_jax.kernels import products
 from picogpt_jax.model import rounding
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import (
     INT8_COLLECTION,
-    Mode,
     QuantizedTensor,
     fake_quantize,
     int8_dot,
@@ -38,13 +37,10 @@ class Dense(nn.Module):
     """y = x W + b, with W float [in, out] (linen's Dense), quantized on the fly, or int8 [out, in] and nothing else."""
 
     features: int
-    use_bias: bool
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype
-    n_layer: int
     axes: tuple[str, str]
-    backward_dtype: jnp.dtype | None = None  # see GPT
+    numerics: Numerics
+    use_bias: bool
+    stddev: float = INIT_STDDEV
     parts: int = 1  # q, k and v side by side are three
 
     @nn.compact
@@ -52,20 +48,18 @@ class Dense(nn.Module):
         """[B, T, features]; or [B, T, parts, features / parts], where each part's features are split over devices."""
         apart = self.parts > 1 and splits("heads")
         shape = (self.parts, self.features // self.parts)
-        if self.mode == "serve":
+        if self.numerics.mode == "serve":
             kernel_OI = stored(self, "kernel")
             if apart:
                 kernel_OI = in_parts(kernel_OI, shape)
-            y_BTO = int8_dot(x_BTI, kernel_OI, self.quant.activation_bits)
+            y_BTO = int8_dot(x_BTI, kernel_OI, self.numerics.quant.activation_bits)
         else:
-            normal = nn.initializers.normal(init_stddev(self.name or "", self.n_layer))
-            init = nn.with_logical_partitioning(normal, self.axes)
+            init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
             kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
             if apart:
                 # Stored side by side, a device's share is no whole heads: the weights move, not the activations.
                 kernel_IO = constrain(kernel_IO.reshape(-1, *shape), "embed", None, "heads")
-            dot_general = quantized_dot_general(self.quant, self.mode, self.dtype, self.backward_dtype)
-            y_BTO = matmul(x_BTI, kernel_IO, 0, dot_general, self.dtype, self.backward_dtype)
+            y_BTO = matmul(x_BTI, kernel_IO, 0, quantized_dot_general(self.numerics), self.numerics)
         y_BTO = rounding.rounded(y_BTO)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
@@ -73,7 +67,7 @@ class Dense(nn.Module):
             if apart:
                 bias = constrain(bias.reshape(shape), None, "heads")
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
-        return y_BTO.astype(self.dtype)
+        return y_BTO.astype(self.numerics.dtype)
 
 
 class Embedding(nn.Module):
@@ -81,20 +75,17 @@ class Embedding(nn.Module):
 
     rows: int
     width: int
-    quant: QuantConfig
-    mode: Mode
-    dtype: jnp.dtype
     axes: tuple[str, str]
-    backward_dtype: jnp.dtype | None = None  # see GPT
+    numerics: Numerics
 
     def setup(self) -> None:
         self.table: Any
-        if self.mode == "serve":
+        if self.numerics.mode == "serve":
             self.table = stored(self, "embedding")
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
             self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
-            self.dot_general = quantized_dot_general(self.quant, self.mode, self.dtype, self.backward_dtype)
+            self.dot_general = quantized_dot_general(self.numerics)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
         ids = constrain(ids, "tokens", None)
@@ -102,16 +93,16 @@ class Embedding(nn.Module):
             # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
             # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
             rows = self.table.dequantize()[ids]
-        elif self.mode == "float":
+        elif self.numerics.mode == "float":
             rows = self.table[ids]
         else:
-            rows = fake_quantize(self.table, self.quant.weight_granularity)[ids]
-        return constrain(rows.astype(self.dtype), "tokens", None, "embed")
+            rows = fake_quantize(self.table, self.numerics.quant.weight_granularity)[ids]
+        return constrain(rows.astype(self.numerics.dtype), "tokens", None, "embed")
 
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
-            return int8_dot(x_BTC, self.table, self.quant.activation_bits)
-        return matmul(x_BTC, self.table, 1, self.dot_general, self.dtype, self.backward_dtype)
+            return int8_dot(x_BTC, self.table, self.numerics.quant.activation_bits)
+        return matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
 
 
 def matmul(
@@ -119,15 +110,15 @@ def matmul(
     weight: Float[Array, "..."],
     in_dim: int,
     dot_general: nn.Module | None,
-    dtype: jnp.dtype,
-    backward_dtype: jnp.dtype | None = None,
+    numerics: Numerics,
 ) -> Float[Array, "B T *O"]:
     """x times a float weight whose dimension `in_dim` is contracted: through AQT, or plain where there is no module."""
     dimension_numbers = (((1,), (in_dim,)), ((), ()))
     # One row a token: the weight's gradient is then a plain 2-D product, which no backend needs a transposed copy for.
     x_NI = x.reshape(-1, x.shape[-1])
     if dot_general is None:
-        y_NO = products.dot_general(x_NI.astype(dtype), weight.astype(dtype), dimension_numbers, backward_dtype)
+        operands = x_NI.astype(numerics.dtype), weight.astype(numerics.dtype)
+        y_NO = products.dot_general(*operands, dimension_numbers, numerics.backward_dtype)
     else:
         y_NO = dot_general(x_NI.astype(jnp.float32), weight, dimension_numbers, None)
     return y_NO.reshape(*x.shape[:-1], *y_NO.shape[1:])

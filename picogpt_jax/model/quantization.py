@@ -27,7 +27,7 @@ With `activation_bits=None` the activations do too, and only the weights are int
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from picogpt_jax.config import Granularity, QuantConfig
+from picogpt_jax.config import Granularity
 from picogpt_jax.kernels import products
 from picogpt_jax.kernels.int8_product import int8_dot_general
-
-# float: no quantization; train: quantize in the forward pass; convert: the same, and keep the codes in the collection
-# "aqt"; serve: the codes are given, in the collection "int8", and there are no float matrices.
-Mode = Literal["float", "train", "convert", "serve"]
+from picogpt_jax.model.numerics import Numerics
 
 INT8_COLLECTION = "int8"
 
@@ -111,19 +108,17 @@ def int8_dot(
     return product.astype(jnp.float32) * activation_scale * weight_scale
 
 
-def quantized_dot_general(
-    quant: QuantConfig, mode: Mode, compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None = None
-) -> nn.Module | None:
+def quantized_dot_general(numerics: Numerics) -> nn.Module | None:
     """AQT's dot_general as a linen module: lhs are activations, rhs a float32 weight; both float32, as is the result.
 
     In mode "convert" it leaves the weight's codes in the collection "aqt". In mode "float" there is none.
     """
-    if mode == "float":
+    if numerics.mode == "float":
         return None
-    convert = mode == "convert"
+    convert = numerics.mode == "convert"
     return aqt_flax.AqtDotGeneral(
-        cfg=_aqt_config(quant, jnp.dtype(compute_dtype), backward_dtype),
-        prng_name="stochastic_rounding" if quant.backward_bits and mode == "train" else None,
+        cfg=_aqt_config(numerics),
+        prng_name="stochastic_rounding" if numerics.quant.backward_bits and not numerics.exact else None,
         rhs_quant_mode=QuantMode.CONVERT if convert else QuantMode.TRAIN,
         lhs_freeze_mode=aqt_flax.FreezerMode.NONE,
         rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE if convert else aqt_flax.FreezerMode.NONE,
@@ -137,9 +132,8 @@ def converted(collection: Any) -> QuantizedTensor:
     return QuantizedTensor(codes=tensor.qvalue, scale=tensor.scale[0])
 
 
-def _aqt_config(
-    quant: QuantConfig, compute_dtype: jnp.dtype, backward_dtype: jnp.dtype | None
-) -> aqt_dot_general.DotGeneral:
+def _aqt_config(numerics: Numerics) -> aqt_dot_general.DotGeneral:
+    quant = numerics.quant
     aqt = aqt_dot_general.dot_general_make(quant.activation_bits, 8, quant.backward_bits, use_fwd_quant=False)
     for side, bits in ((aqt.fwd.dg_quantizer.lhs, quant.activation_bits), (aqt.fwd.dg_quantizer.rhs, 8)):
         side.numerics = aqt_numerics.get_numerics(bits, preserve_max_val=True)
@@ -147,7 +141,7 @@ def _aqt_config(
         aqt.fwd.dg_quantizer.rhs.calib_shared_axes = "per_tensor"
     aqt.fwd.dot_general = _dot
     if quant.backward_bits is None:
-        aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(compute_dtype, backward_dtype)
+        aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(numerics.dtype, numerics.backward_dtype)
     else:
         # AQT's own grid clips the largest value of each slice, which would bias the stochastic rounding.
         for dot in (aqt.dlhs, aqt.drhs):

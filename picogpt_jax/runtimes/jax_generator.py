@@ -26,6 +26,7 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import FLOAT, serving_quant, serving_variables
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.model.gpt import GPT, KVCache
+from picogpt_jax.model.numerics import Numerics
 
 Overflow = Literal["slide", "refill"]
 # What has been drawn is streamed after each dispatch. Entering the compiled loop costs as much as many tokens, so the
@@ -76,11 +77,11 @@ class Generator:
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         # A softmax and attention to a cache sum over the positions, a LayerNorm over the width.
         options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
-        self._prefill = jax.jit(self._prefill_impl, static_argnames="exact", compiler_options=options)
+        self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
         self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
         self._extend = jax.jit(
             self._extend_impl,
-            static_argnames=("top_k", "overflow"),
+            static_argnames=("top_k", "overflow", "exact"),
             donate_argnums=1,
             compiler_options=options,
         )
@@ -92,12 +93,12 @@ class Generator:
         Args:
             mesh: splits codes, scales and the KV cache, for models that one device does not hold.
         """
-        return cls(GPT(model.model, serving_quant(model), "serve"), serving_variables(model, mesh), mesh)
+        return cls(GPT(model.model, Numerics(serving_quant(model), "serve")), serving_variables(model, mesh), mesh)
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Any) -> "Generator":
         """Float parameters, computed without any quantization."""
-        return cls(GPT(config, FLOAT, "float"), {"params": params})
+        return cls(GPT(config, Numerics(FLOAT, "float")), {"params": params})
 
     def generate(
         self,
@@ -154,15 +155,15 @@ class Generator:
         options: dict[str, Any] = dict(
             top_k=top_k if top_k and top_k < vocab_size else None,
             overflow=overflow if end > self.block_size else None,  # what is never needed is not compiled
+            # What is drawn depends on a noise that other runtimes do not share; the likeliest text is the same in all.
+            exact=temperature == 0,
         )
         key, heat = jax.random.key(seed), jnp.float32(temperature)
         n_noise = max(1, min(TOKENS_PER_DISPATCH, NOISE_VALUES // (streams * vocab_size)))
         noise_from = -n_noise  # the index of the token that the noise at hand begins with
         wanted, index, unread = FIRST_PIECE, prompt_length, None
         turns = np.split(prompt_BT[:, -self.block_size :], self._turns(streams, mesh))
-        # What is drawn depends on a noise that other runtimes do not share; the likeliest text is the same in all.
-        exact = temperature == 0
-        contexts = [self._fill(variables, turn_BT, batch_sharding(mesh), exact) for turn_BT in turns]
+        contexts = [self._fill(variables, turn_BT, batch_sharding(mesh)) for turn_BT in turns]
         began = time.perf_counter()
         while index < end:
             if index - noise_from >= n_noise:
@@ -193,15 +194,17 @@ class Generator:
         if self.mesh is not None or mesh.devices.flat[0].platform != "cpu":
             return 1
         config, on_device = self.model.config, streams // mesh.size
-        stream_bytes = 2 * config.n_layer * config.block_size * config.n_embd * self.model.dtype.itemsize
+        stream_bytes = 2 * config.n_layer * config.block_size * config.n_embd * self.model.numerics.dtype.itemsize
         for turns in range(1, on_device // TURN_STREAMS + 1):
             if on_device % turns == 0 and on_device // turns * stream_bytes <= TURN_BYTES:
                 return turns
         return 1
 
-    def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], **options: Any) -> Any:
+    def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], exact: bool = True, **options: Any) -> Any:
+        """The model; `exact`: see `Numerics.exact_cache`."""
+        model = self.model.clone(numerics=dataclasses.replace(self.model.numerics, exact_cache=exact))
         with sharding.on(self._mesh_of(len(tokens_BT))):
-            return self.model.apply(variables, tokens_BT, **options)
+            return model.apply(variables, tokens_BT, **options)
 
     def _split_streams(self, streams: int) -> tuple[Any, Mesh]:
         """The variables on the devices that share the streams, and the mesh of those."""
@@ -223,22 +226,18 @@ class Generator:
         count = max(number for number in range(1, len(devices) + 1) if streams % number == 0)
         return make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])
 
-    def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding, exact: bool) -> Context:
+    def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding) -> Context:
         """A new context of these tokens, padded to a power of two: prompts of any length need few compilations."""
         length = tokens_BT.shape[1]
         padded = min(self.block_size, max(8, 1 << (length - 1).bit_length()))
         padded_BT = jax.device_put(np.pad(tokens_BT, ((0, 0), (0, padded - length))), place)
-        return self._prefill(variables, padded_BT, jnp.int32(length), exact)
+        return self._prefill(variables, padded_BT, jnp.int32(length))
 
-    def _prefill_impl(
-        self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""], exact: bool
-    ) -> Context:
+    def _prefill_impl(self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""]) -> Context:
         logits_BTV, cache = self._apply(variables, tokens_BT, keep_cache=True)
         # Padding has written keys beyond `length`; the next tokens overwrite them before they can be seen.
         logits_B1V = lax.dynamic_slice_in_dim(logits_BTV, length - 1, 1, axis=1)
-        return Context(
-            self._padded(tokens_BT), dataclasses.replace(cache, length=length, exact=exact), logits_B1V[:, 0]
-        )
+        return Context(self._padded(tokens_BT), dataclasses.replace(cache, length=length), logits_B1V[:, 0])
 
     def _padded(self, tokens_BT: Int[Array, "B T"]) -> Int[Array, "B S"]:
         return jnp.pad(tokens_BT, ((0, 0), (0, self.block_size - tokens_BT.shape[1])))
@@ -253,6 +252,7 @@ class Generator:
         temperature: Float[Array, ""],
         top_k: int | None,
         overflow: Overflow | None,
+        exact: bool,
     ) -> tuple[Int[Array, "B N"], Context]:
         """Draws `count` tokens, each from the logits of the one before it, with the noise from `used` on.
 
@@ -271,7 +271,7 @@ class Generator:
             token_B1, out_BN = drawn(step, carry)
             tokens_BT, cache = carry[1].tokens, carry[1].cache
             tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B1, cache.length, axis=1)
-            logits_B1V, cache = self._apply(variables, token_B1, cache=cache)
+            logits_B1V, cache = self._apply(variables, token_B1, exact, cache=cache)
             return out_BN, Context(tokens_BT, cache, logits_B1V[:, 0])
 
         def make_room(step: Int[Array, ""], carry: Carry) -> Carry:
@@ -282,7 +282,6 @@ class Generator:
                 logits_B1V, cache = self._apply(variables, window_BT, last_only=True), carry[1].cache
             else:
                 logits_B1V, cache = self._apply(variables, window_BT, keep_cache=True, last_only=True)
-                cache = dataclasses.replace(cache, exact=carry[1].cache.exact)
             return out_BN, Context(self._padded(window_BT), cache, logits_B1V[:, 0])
 
         def go_on(state: tuple[Array, Carry]) -> tuple[Array, Carry]:

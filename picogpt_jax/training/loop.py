@@ -23,7 +23,7 @@ from picogpt_jax.devices import distributed
 from picogpt_jax.devices.chips import model_flops_utilization
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import locked, write_json
-from picogpt_jax.model.quantization import Mode
+from picogpt_jax.model.numerics import Mode
 from picogpt_jax.text.batches import Split, Tokens
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training import checkpoint

@@ -18,10 +18,11 @@ from picogpt_jax.config import AttentionForm, Config
 from picogpt_jax.devices import sharding
 from picogpt_jax.devices.cpu import has_bfloat16
 from picogpt_jax.devices.setup import compiler_options
+from picogpt_jax.kernels import fused_attention
 from picogpt_jax.model import attention, layers
 from picogpt_jax.model.dropout import DropoutKey, fold
 from picogpt_jax.model.gpt import GPT
-from picogpt_jax.model.quantization import Mode
+from picogpt_jax.model.numerics import Mode, Numerics
 from picogpt_jax.text.batches import Tokens, batch_starts
 from picogpt_jax.training import checkpoint
 from picogpt_jax.training.evaluate import Evaluator
@@ -118,21 +119,28 @@ class Trainer:
         model = self.config.model
         heads = model.n_head // self.mesh.devices.shape[-1]
         shape = (self.share, heads, model.block_size, model.head_size)
-        measure = functools.partial(attention.seconds, shape_BHTD=shape, dtype=self.dtype)
-        is_here = device in jax.devices()  # else of a machine that is only compiled for
-        return attention.choose(self.config.train.attention, model, self.dtype, device, measure if is_here else None)
 
-    def model(self, mode: Mode) -> GPT:
-        train = self.config.train
-        parts = (self.config.model, self.config.quant, mode, self.dtype)
-        return GPT(*parts, train.scan_layers, train.remat, self.attention, self.backward_dtype)
+        def measure(form: AttentionForm) -> float:
+            attend = attention.causal if form == "plain" else functools.partial(fused_attention.fused, form)
+            return fused_attention.seconds(attend, shape, self.dtype)
+
+        is_here = device in jax.devices()  # else of a machine that is only compiled for
+        wanted = self.config.train.attention
+        return fused_attention.choose(wanted, model, self.dtype, device, measure if is_here else None)
+
+    def model(self, mode: Mode, exact: bool = False) -> GPT:
+        """The model; `exact`: as it is evaluated and served (`picogpt_jax.model.numerics`)."""
+        train, quant = self.config.train, self.config.quant
+        numerics = Numerics(quant, mode, self.dtype, self.backward_dtype, self.attention, exact)
+        return GPT(self.config.model, numerics, train.scan_layers, train.remat)
 
     def mode_at(self, step: int) -> Mode:
         quant = self.config.quant
         return "train" if quant.mode == "int8" and step >= quant.start_step else "float"
 
     def _init_model(self) -> GPT:
-        return self.model("float").clone(attention="plain")  # it is called with one token, too few for a kernel
+        model = self.model("float")  # it is called with one token, too few for a kernel
+        return model.clone(numerics=dataclasses.replace(model.numerics, attention="plain"))
 
     def _init_state(self) -> TrainState:
         return self._first_state(layers.initial_params(self._init_model(), jax.random.key(self.config.train.seed)))
@@ -242,8 +250,7 @@ class Trainer:
             return lax.scan(body, state, batches)
 
     def evaluator(self, mode: Mode) -> Evaluator:
-        quant = dataclasses.replace(self.config.quant, backward_bits=None)  # there are no gradients to round
-        model = self.model(mode).clone(quant=quant)
+        model = self.model(mode, exact=True)
 
         def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
             return model.apply({"params": params}, tokens_BT)

@@ -15,6 +15,7 @@ from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model, size_report
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, quantize
 
 TRAINING = {"step": 8, "val_loss": 1.5}
@@ -34,7 +35,7 @@ both = pytest.mark.parametrize("config", [DEFAULT, OTHER], ids=["default", "othe
 @functools.cache
 def params_of(config: Config) -> Any:
     """Parameters as after some training: rows and columns of many sizes, no zero bias, no LayerNorm weight of one."""
-    init = GPT(config.model, config.quant, "float").init
+    init = GPT(config.model, Numerics(config.quant, "float")).init
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     generator = np.random.default_rng(0)
 
@@ -128,7 +129,7 @@ def test_the_stored_model_gives_the_logits_of_training(tmp_path: Path, config: C
     def logits(network: GPT, variables: Any) -> np.ndarray:
         return np.asarray(jax.jit(network.apply, compiler_options=compiler_options())(variables, tokens))
 
-    trained = logits(GPT(config.model, config.quant, "train"), {"params": params_of(config)})
+    trained = logits(GPT(config.model, Numerics(config.quant, "train")), {"params": params_of(config)})
     served = logits(GPT(model.model, convert.serving_quant(model), "serve"), convert.serving_variables(model))
     if config.quant.activation_bits == 8:
         np.testing.assert_array_equal(served, trained)  # integers have one sum, in whatever order

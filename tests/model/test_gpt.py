@@ -19,11 +19,11 @@ from configs.base import get_config
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8.convert import int8_model, serving_variables
-from picogpt_jax.model import attention
 from picogpt_jax.model import gpt as model_module
 from picogpt_jax.model.dropout import DropoutKey, fold
 from picogpt_jax.model.gpt import GPT
-from picogpt_jax.model.quantization import INT8_COLLECTION, Mode
+from picogpt_jax.model.numerics import Mode, Numerics
+from picogpt_jax.model.quantization import INT8_COLLECTION
 
 BATCH, TIME = 4, 8
 TOKENS = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, VOCABULARY.size)
@@ -39,7 +39,7 @@ def random_params(config: Config) -> Any:
 
 
 def abstract_params(config: Config) -> Any:
-    init = GPT(config.model, config.quant, "float").init
+    init = GPT(config.model, Numerics(config.quant, "float")).init
     return nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
@@ -55,7 +55,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 
 def compiled(config: Config, mode: Mode, dtype: str = "float32", quick: bool = True) -> Any:
     """`apply`, compiled; not `quick`: as training and serving compile it."""
-    model = GPT(config.model, config.quant, mode, jnp.dtype(dtype))
+    model = GPT(config.model, Numerics(config.quant, mode, jnp.dtype(dtype)))
     with quick_compilation() if quick else contextlib.nullcontext():
         return jit(model.apply, static_argnames=("mutable", "last_only", "keep_cache"))
 
@@ -139,7 +139,7 @@ def plain_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.nda
 def test_the_initial_parameters_are_those_of_gpt2() -> None:
     n_layer = 2
     config = tiny_config(model__n_layer=n_layer, model__n_embd=64, model__block_size=32, model__bias=True)
-    init = quick_jit(GPT(config.model, config.quant, "float").init)
+    init = quick_jit(GPT(config.model, Numerics(config.quant, "float")).init)
     params = names(nn.unbox(init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"])
     for name, value in params.items():
         if name.endswith("scale"):
@@ -160,7 +160,7 @@ def test_a_position_depends_on_those_before_it_and_no_other(mode: Mode) -> None:
     """By gradients: a row of wpe enters at its own position only. The tied head would let wte leak."""
     config = tiny_config(model__n_layer=2)
     params = random_params(config)
-    model = GPT(config.model, config.quant, mode)
+    model = GPT(config.model, Numerics(config.quant, mode))
 
     def projected(wpe: jax.Array, params: Any) -> jax.Array:
         out = model.apply({"params": {**params, "wpe": {"embedding": wpe}}}, TOKENS[:1])
@@ -186,9 +186,8 @@ def test_no_two_places_share_a_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> 
     given = DropoutKey(seed=fold(0, 0), row=jnp.uint32(0))
     config = tiny_config(model__n_layer=2)
     params = abstract_params(config)
-    model = GPT(config.model, config.quant, "float")
+    model = GPT(config.model, Numerics(config.quant, "float", exact=False))
     monkeypatch.setattr(model_module, "dropout", dropout)
-    monkeypatch.setattr(attention, "dropout", dropout)
     jax.eval_shape(lambda params: model.apply({"params": params}, TOKENS, given), params)
     per_layer = ["attn/weights", "attn/residual", "mlp/residual"]
     assert sites == ["embeddings", *[f"h_{layer}/{name}" for layer in range(2) for name in per_layer]]
@@ -197,7 +196,7 @@ def test_no_two_places_share_a_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> 
 def test_too_long_a_text_is_refused() -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match=r"9 tokens do not fit into block_size=8"):
-        GPT(config.model, config.quant, "float").init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32))
+        GPT(config.model, Numerics(config.quant, "float")).init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32))
 
 
 # ------------------------------------------------------------------------------------- training, converting and serving
@@ -264,7 +263,7 @@ def test_every_product_with_a_weight_is_int8_with_int32_sums() -> None:
     # Attention, as it is on CPU and elsewhere.
     expected |= dict.fromkeys([("float64",) * 3, ("float32",) * 3], 2 * n_layer)
     for mode, variables in (("serve", served(config)), ("train", {"params": random_params(config)})):
-        model = GPT(config.model, config.quant, mode)
+        model = GPT(config.model, Numerics(config.quant, mode))
         traced = jax.jit(lambda variables, model=model: model.apply(variables, TOKENS)).trace(variables)
         assert collections.Counter(dot_types(traced.jaxpr.jaxpr)) == expected, "two float products: attention's"
 
@@ -273,7 +272,7 @@ def test_serving_holds_no_float_matrix() -> None:
     config = tiny_config(model__bias=True)
     variables = served(config)
     assert {leaf.ndim for leaf in jax.tree.leaves(variables["params"])} == {1}
-    model = GPT(config.model, config.quant, "serve")
+    model = GPT(config.model, Numerics(config.quant, "serve"))
     incomplete = {name: value for name, value in variables[INT8_COLLECTION].items() if name != "wte"}
     with pytest.raises(ValueError, match=r"wte/embedding is missing from the collection 'int8'"):
         jax.eval_shape(model.apply, {**variables, INT8_COLLECTION: incomplete}, TOKENS)
@@ -316,7 +315,7 @@ def test_the_last_position_can_be_computed_alone() -> None:
 
 
 def gradients(config: Config, mode: Mode, params: Any) -> dict[str, np.ndarray]:
-    model = GPT(config.model, config.quant, mode)
+    model = GPT(config.model, Numerics(config.quant, mode))
 
     def loss(params: Any) -> jax.Array:
         log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, TOKENS[:, :-1]))

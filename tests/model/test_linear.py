@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from picogpt_jax.model.linear import in_parts, init_stddev, matmul
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import QuantizedTensor, int8_dot
 
 
@@ -16,7 +18,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 @pytest.mark.parametrize(("in_dim", "shape"), [(0, (4, 6)), (1, (6, 4)), (0, (4, 3, 2))])
 def test_the_matmul_contracts_the_dimension_it_is_told(in_dim: int, shape: tuple[int, ...]) -> None:
     x, weight = normal(0, 2, 5, 4), normal(1, *shape)
-    found = matmul(x, weight, in_dim, None, jnp.dtype("float32"))
+    found = matmul(x, weight, in_dim, None, Numerics(tiny_config().quant, "float"))
     np.testing.assert_allclose(found, np.tensordot(x, weight, (2, in_dim)), rtol=1e-5, atol=1e-6)
 
 

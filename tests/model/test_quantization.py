@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from picogpt_jax.config import Granularity, QuantConfig
 from picogpt_jax.model import quantization
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import QuantizedTensor, converted, quantized_dot_general
 
 quantize = jax.jit(quantization.quantize, static_argnames="granularity")
@@ -142,7 +143,7 @@ def test_without_activation_bits_only_the_weight_is_rounded() -> None:
 
 def aqt(mode: str, x: np.ndarray, kernel: np.ndarray, config: QuantConfig) -> tuple[Any, Any]:
     """AQT's product of x [N, in] and a kernel [in, out], and the collection it leaves."""
-    module = quantized_dot_general(config, mode, FLOAT32)
+    module = quantized_dot_general(Numerics(config, mode))
     assert module is not None
     dimensions = (((1,), (0,)), ((), ()))
     apply = lambda x, kernel: module.apply({}, x, kernel, dimensions, None, mutable=["aqt"])  # noqa: E731
@@ -193,7 +194,7 @@ def test_one_changed_code_changes_the_product() -> None:
 def test_gradients_are_those_of_the_float_product(activation_bits: int | None) -> None:
     """A linear loss through one product: dL/dx = g w^T and dL/dw = x^T g exactly, at the float operands."""
     x, kernel, g = normal((20, 32), seed=1), normal((32, 24), seed=2), normal((20, 24), seed=3)
-    module = quantized_dot_general(quant(activation_bits=activation_bits), "train", FLOAT32)
+    module = quantized_dot_general(Numerics(quant(activation_bits=activation_bits), "train"))
 
     def loss(x: jax.Array, kernel: jax.Array, product: Any) -> jax.Array:
         return (product(x, kernel) * g).sum()
@@ -207,7 +208,7 @@ def test_gradients_are_those_of_the_float_product(activation_bits: int | None) -
 def test_int8_gradients_are_rounded_without_bias() -> None:
     """backward_bits=8: one draw is off, the mean over many draws is not."""
     x, kernel, g = (jax.random.normal(jax.random.key(seed), (16, 16)) for seed in range(3))
-    module = quantized_dot_general(quant(backward_bits=8), "train", FLOAT32)
+    module = quantized_dot_general(Numerics(quant(backward_bits=8), "train", exact=False))
 
     def gradient(key: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
         rngs = {"stochastic_rounding": key}
@@ -225,4 +226,4 @@ def test_int8_gradients_are_rounded_without_bias() -> None:
 
 
 def test_float_mode_has_no_quantizer() -> None:
-    assert quantized_dot_general(QUANT, "float", FLOAT32) is None
+    assert quantized_dot_general(Numerics(QUANT, "float")) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_int8_model import random_model
+from tiny import quick_compilation
 
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.devices.setup import compiler_options
@@ -183,11 +184,18 @@ def test_streams_that_take_turns_write_the_same_text(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_greedy_text_is_as_exact_as_a_window(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    contexts = []
-    fill = Generator._fill
-    monkeypatch.setattr(Generator, "_fill", lambda *settings: contexts.append(fill(*settings)) or contexts[-1])
-    generator("int8").generate(prompts(2, 6), 3, temperature=temperature)
-    assert [context.cache.exact for context in contexts] == [temperature == 0]
+    with_cache = []
+    apply = Generator._apply
+
+    def spy(self: Generator, variables: Any, tokens: Any, exact: bool = True, **options: Any) -> Any:
+        if "cache" in options:
+            with_cache.append(exact)
+        return apply(self, variables, tokens, exact, **options)
+
+    monkeypatch.setattr(Generator, "_apply", spy)
+    with quick_compilation():
+        Generator.from_int8(MODEL).generate(prompts(2, 6), 3, temperature=temperature)
+    assert set(with_cache) == {temperature == 0}
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming

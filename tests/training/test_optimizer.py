@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from picogpt_jax.config import OptimizerConfig
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 BASE = dict(
@@ -63,7 +64,7 @@ def test_three_steps_follow_the_closed_form(grad_clip: float) -> None:
 
 def test_the_decayed_parameters_are_the_matrices_by_name() -> None:
     config = tiny_config(model__bias=True)
-    model = GPT(config.model, config.quant, "float")
+    model = GPT(config.model, Numerics(config.quant, "float"))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     names = {

@@ -1,0 +1,39 @@
+"""How a run computes what the model says: one frozen object, which every layer gets whole."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from picogpt_jax.config import AttentionForm, QuantConfig
+
+# float: no quantization; train: quantize in the forward pass; convert: the same, and keep the codes in the collection
+# "aqt"; serve: the codes are given, in the collection "int8", and there are no float matrices.
+Mode = Literal["float", "train", "convert", "serve"]
+
+FLOAT32 = jnp.dtype("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """The numerics of a run.
+
+    Attributes:
+        quant: which operands are int8, and on which grid.
+        mode: what happens to the matrices, see `Mode`.
+        dtype: the compute type; parameters are float32.
+        backward_dtype: what the operands of the backward pass's products are rounded to (`kernels.products`); None:
+            they have the compute type.
+        attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
+        exact: the steps whose last bits differ between implementations are computed in float64 on CPU
+            (`model.rounding`): what is evaluated and served, but not a training step.
+        exact_cache: `exact` holds for attention to a cache too.
+    """
+
+    quant: QuantConfig
+    mode: Mode
+    dtype: jnp.dtype = FLOAT32
+    backward_dtype: jnp.dtype | None = None
+    attention: AttentionForm = "plain"
+    exact: bool = True
+    exact_cache: bool = True
