@@ -1,9 +1,9 @@
 """How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch.
 
-"PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). "fast" is without the float64 that
-makes the text JAX's (`exact=False`), and so are the graph and the model in float. Of prompts, only the last position's
-logits are computed, in int8 and in float. PyTorch has a thread per core, or "1 thread"; ONNX Runtime what is fast
-(`picogpt_jax.runtimes.onnx_session`). All of it runs on the CPU.
+"PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). "fast" leaves out the float64 that
+makes the text JAX's (`exact=False`); the graph and the model in float leave it out too. Of a prompt, only the last
+position's logits are computed, in int8 and in float. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime
+has as many as are fast (`picogpt_jax.runtimes.onnx_session`). All of it runs on the CPU.
 """
 
 import dataclasses

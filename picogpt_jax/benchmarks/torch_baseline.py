@@ -1,4 +1,4 @@
-"""What ours is measured against: picoGPT's way of training and sampling, in eager PyTorch (extra: torch).
+"""The baseline of the benchmarks: picoGPT's way of training and sampling, in eager PyTorch (extra: torch).
 
 - `Training`: AdamW steps of a nanoGPT-style `GPT`, in float or with PyTorch's fake quantization (`prepare_qat`), which
   rounds the weights and outputs of every linear layer to a grid and multiplies in float32.

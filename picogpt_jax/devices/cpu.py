@@ -1,4 +1,4 @@
-"""What processor this is, and how it treats the smallest numbers (standard library only)."""
+"""Which processor this is, which instructions it has, how it treats denormal numbers (standard library only)."""
 
 import contextlib
 import ctypes

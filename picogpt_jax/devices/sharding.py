@@ -1,9 +1,9 @@
-"""Where each array lives: a mesh with the axes data, fsdp and tensor, and one table from logical axes to mesh axes.
+"""Where each array lies: a mesh with the axes data, fsdp and tensor, and one table from logical axes to mesh axes.
 
-The model names logical axes only. The batch is split over `data` and `fsdp`; `fsdp` also splits the parameters along
-the width, `tensor` along heads, hidden units and vocabulary. The compiler derives the places of what is computed from
-those of parameters and batches; within a step, `constrain` says where it must not guess. With `fsdp` it is the weights
-that travel (in QAT, their int8 codes), each gathered for its product, never the activations.
+The model names logical axes only. `data` and `fsdp` split the batch. `fsdp` also splits the parameters along the width,
+`tensor` along heads, hidden units and vocabulary. The compiler knows where parameters and batches lie and derives the
+rest; `constrain` tells it where it would guess wrong. With `fsdp` each weight is gathered for its product (in QAT, its
+int8 codes); activations are not.
 """
 
 import contextlib

@@ -4,9 +4,9 @@
     config.json, generation_config.json    `picogpt_jax.formats.hf_config`
     tokenizer.json, tokenizer_config.json  `picogpt_jax.formats.hf_tokenizer`
 
-The names are ours, which are nanoGPT's, which are GPT-2's. Two things differ: linear layers are `Conv1D` there, with
-weights [in, out] (transformers, pytorch_utils.py), and each has a bias, as the LayerNorms have: zero where ours has
-none. From an int8 model the weights are exactly code * scale. Transformers then computes in float, without int8
+The names of the tensors are the same as ours. Two things differ. Linear layers are `Conv1D` there, with weights
+[in, out] (transformers, pytorch_utils.py). And every linear layer and LayerNorm has a bias there; it is zero where ours
+has none. From an int8 model the weights are exactly code * scale. Transformers then computes in float, without int8
 activations: its logits are those of the same model with `activation_bits=None`.
 """
 

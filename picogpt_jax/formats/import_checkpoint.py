@@ -1,7 +1,7 @@
-"""An import: the float parameters of any model as a workdir, from which a training starts and which everything reads.
+"""Makes a workdir of any model's float parameters: every command reads it, and a training can start from it.
 
-What is written is a checkpoint of step 0 with an optimizer that has done nothing, marked as imported: a training that
-finds it there begins at step 0, with a configuration of its own for everything but the shape of the model.
+It holds a checkpoint of step 0, marked as imported, with an optimizer that has done nothing. A training that finds it
+begins at step 0. Its configuration is its own, except for the shape of the model.
 """
 
 import dataclasses

@@ -14,10 +14,9 @@ AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `s
 an exact one, which is slower with VNNI (`picogpt_jax.runtimes.onnx_session` sets it where it is needed).
 
 The float steps round where JAX does (`picogpt_jax.model.rounding`). LayerNorm, attention and the tanh form of GELU are
-computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With
-`exact=False` all of them are its own in float32, attention in one node (opset 23), a byte is Round(x / scale) + 128 by
-one node too, and the scales are fused with the product: faster, and now and then another token where two are almost
-equally likely.
+computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With `exact=False` all
+of them are its own in float32: attention is one node (opset 23), so is Round(x / scale) + 128, and the scales are fused
+with the product. That is faster, and now and then gives another token where two are almost equally likely.
 
 Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
 Runtime computes once, when it loads the model.

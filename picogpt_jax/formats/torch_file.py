@@ -1,8 +1,8 @@
 """PyTorch's `.pt` container: tensors and plain values, read without running what a file may hold (extra: torch).
 
 A `.pt` file is a zip of a pickle and raw tensors. It is read with `weights_only=True`, which builds tensors and plain
-values and runs nothing else; before that, the zip must declare no more bytes than the file has. What the keys mean, and
-that every one is accounted for, is the business of `torch_checkpoint` (float) and `torch_int8_checkpoint`.
+values and runs nothing else; before that, the zip must declare no more bytes than the file has. `torch_checkpoint`
+(float) and `torch_int8_checkpoint` know what the keys mean, and account for every one.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Between a training's parameters and the portable int8 model: AQT's converted tensors out, serving variables in."""
+"""Turns trained parameters into the portable int8 model, and that into the variables of JAX's serving pass."""
 
 import dataclasses
 import math

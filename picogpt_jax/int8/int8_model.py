@@ -1,4 +1,4 @@
-"""The portable int8 model: the folder that every runtime and every exporter starts from (format version 1).
+"""Reads, writes and checks the portable int8 model, a folder; README.md beside this file specifies it (version 1).
 
     model.safetensors   int8 matrices [out, in], a float32 `<name>_scale` beside each, float32 vectors; nanoGPT's names
     config.json         the architecture, how it is quantized, how it was trained

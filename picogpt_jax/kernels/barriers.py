@@ -1,9 +1,9 @@
-"""Values that a training step computes once.
+"""Values that a training step computes once and stores.
 
 XLA's CPU compiler copies a cheap computation into every loop that reads its result. In a training step these copies
-grow: each reader of the residual stream, forward and backward, added up all layers before it again, dropout's masks
-included. A barrier that the compiler keeps (`devices.BARRIER_PASS`) ends the chain: what is before it is stored.
-Accelerators decide by themselves what to store.
+grow: each reader of the residual stream, forward and backward, added up all earlier layers again, dropout's masks
+included. A barrier makes the compiler store the value; the pass that would remove it is left out
+(`devices.setup.BARRIER_PASS`). Accelerators decide by themselves what to store.
 """
 
 import jax

@@ -6,7 +6,7 @@ shifted:
 
     sum_k a_k b_k = sum_k (a_k + 128) b_k - 128 sum_k b_k
 
-exactly, also where an int32 sum wraps around on the way.
+This is exact, even where an int32 sum wraps around on the way.
 """
 
 import functools

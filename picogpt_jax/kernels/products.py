@@ -1,11 +1,11 @@
 """Matrix products in float32 whose gradients are computed in a narrower type.
 
-A backward pass spends two products of its own on each one of the forward pass. CPUs with instructions for bfloat16 (its
-products are added up in float32) take half the time for them, and only the operands are rounded: the results and all
-sums stay float32. The forward pass, and with it what the model computes, is untouched.
+The backward pass has two products for each one of the forward pass. CPUs with instructions for bfloat16 take half the
+time for them. Only the operands are rounded to bfloat16: the results and all sums stay float32. The forward pass, and
+so what the model computes, does not change.
 
 XLA (jaxlib 0.10.2) hands a bfloat16 product to YNNPACK, which has such kernels, only if the left operand is [M, K] and
-both are known to be row-major early on, and otherwise computes it in float32. So the layouts are arranged here.
+both are known to be row-major early on; otherwise it computes in float32. This module arranges the layouts.
 """
 
 import functools

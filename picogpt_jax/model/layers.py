@@ -1,7 +1,7 @@
 """Parameters of a scanned model: the blocks `h_0`, `h_1`, ... stacked into one subtree `h`, dimension 0 the layer.
 
-Scanning lives in training and its evaluation alone. Everything else, exporters and serving included, takes one subtree
-a block: `unstack` stands where parameters leave a training, `stack` where they enter one.
+Only training and its evaluation scan. Everything else, exporters and serving included, takes one subtree per block.
+Parameters that leave a training go through `unstack`, those that enter one through `stack`.
 """
 
 from typing import Any

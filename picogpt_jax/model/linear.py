@@ -1,4 +1,4 @@
-"""What multiplies by a weight: the linear layer and the embedding table, in float, in QAT and in int8.
+"""The layers that hold a matrix: the linear layer and the embedding table, in float, in QAT and in int8.
 
 Shapes: B batch, T time, N rows (tokens), C width, V vocabulary; I input features, O output features of a product.
 """

@@ -1,11 +1,11 @@
-"""Float steps that give the same result in every runtime: on CPU an exact value, rounded once.
+"""Float steps that give the same result in every runtime: on CPU computed in float64 and rounded once.
 
-Rounding an activation to its int8 code turns a difference in the last bit into one of 1/127 of the token's largest
-value, which then spreads. Three things make the last bits of JAX, PyTorch, ONNX Runtime and NumPy differ: sums whose
-order is the implementation's own, approximations of exp, erf and rsqrt, and compilers that join a product and the sum
-after it into one instruction. So where a result is compared or served, the first two are computed in float64 on CPU and
-rounded to the type of the operands, and a product is rounded before it is added. A training step, whose dropout no
-other runtime repeats, computes in the type at hand, and so do accelerators.
+A difference in an activation's last bit can move its int8 code by one, which is 1/127 of the token's largest value, and
+then spreads. The last bits of JAX, PyTorch, ONNX Runtime and NumPy differ for three reasons: they add up in different
+orders; they approximate exp, erf and rsqrt differently; their compilers may join a product and the sum after it into
+one instruction. So where a result is compared or served, sums and such functions are computed in float64 on CPU and
+rounded to the type of the operands, and a product is rounded before it is added. Training steps, whose dropout no other
+runtime repeats, compute in the type at hand, and so do accelerators.
 """
 
 from collections.abc import Callable

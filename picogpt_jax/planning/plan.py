@@ -1,4 +1,4 @@
-"""What a training run will need: its real step, compiled for TPUs that are not here, and read from the result.
+"""Plans a training run: compiles its real step for TPUs that are not here, and reads the compiled program.
 
 The TPU compiler (extra `tpu`: libtpu) describes a slice such as v5e:16x16 and compiles for it on any machine. Memory
 comes from the compiler, FLOPs and collectives from the program (`cost`), times from `roofline`.

@@ -1,6 +1,6 @@
 """How long a step takes at best: products at the chip's peak, bytes at the memory's, collectives at the links' speed.
 
-Every published figure is taken from `picogpt_jax.devices.chips`. What is left out makes a real step longer: `LEFT_OUT`.
+Every published figure is taken from `picogpt_jax.devices.chips`. A real step takes longer, by what `LEFT_OUT` lists.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Text from a model: a KV cache and compiled loops that draw many tokens in one dispatch.
+"""Draws text from a model in JAX, with a KV cache and compiled loops that draw many tokens in one dispatch.
 
 Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at hand.
 """

@@ -1,4 +1,4 @@
-"""The int8 model in NumPy alone: an int8 folder's format (version 1) and numerics, stated by implementing them.
+"""The int8 model in NumPy alone: the format of the int8 folder (version 1) and its numerics, as a program.
 
 This file reads model.safetensors and config.json by itself and shares no code with the rest of the library; every other
 runtime is compared with it. It refuses what it cannot compute, but `int8.int8_model` is the one that checks all.

@@ -1,15 +1,15 @@
 """ONNX Runtime with the number of threads that is fast for a small model (extra: onnx).
 
-A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and fetch from
-each other's caches what the node before left there: a token of the default model took them 0.8 to 1.8 times as long as
-one thread, changing within seconds on a shared machine. So a small model's calls have one thread each, and several
-windows are computed side by side, each by one thread from its first node to its last: 32 windows took 0.57 to 0.75 of
-the time that they took two threads together. Large calls, and those of large models, have a thread per core.
-A call's results are the same bits with every number of threads (a test): ONNX Runtime splits rows and heads, no sum.
+A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and read from the
+other one's cache what the node before left there. A token of the default model took them 0.8 to 1.8 times as long as
+one thread. So each call of a small model has one thread, and several windows are computed side by side, each by one
+thread from its first node to its last: 32 windows took 0.57 to 0.75 of the time that two threads took together. Large
+calls, and those of large models, have a thread per core. The results are the same bits with any number of threads
+(tested): ONNX Runtime splits rows and heads, never a sum.
 
-Keys that a query may not see get weights of about 1e-38, denormal numbers, over which Intel's processors spend most of
-attention's time. Here they are zero: by the session option `session.set_denormal_as_zero` in ONNX Runtime's threads,
-and by `devices.cpu.denormals_flushed` in the one that calls it, as long as a call lasts that has several queries.
+Keys that a query may not see have weights of about 1e-38. These are denormal numbers, on which Intel's processors spend
+most of attention's time. So they are set to zero: in ONNX Runtime's threads by the session option
+`session.set_denormal_as_zero`, in the calling one by `devices.cpu.denormals_flushed`, for calls with several queries.
 """
 
 import collections

@@ -8,9 +8,9 @@ Three kernels compute that sum, with the same integers:
 
 - `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product instructions, but 40 times slower than float on those
   without;
-- oneDNN's, on CPUs with AMX for many tokens: the codes, held once more as that kernel wants them, are not reordered in
-  each call, and the sums come as float32 and times the weights' scales (`torch.ops.onednn`, as PyTorch's compiler calls
-  it). Without AMX oneDNN has but its reference for such a product, a thousand times as slow;
+- oneDNN's, on CPUs with AMX for many tokens (`torch.ops.onednn`, as PyTorch's compiler calls it). It takes codes that
+  were laid out once, a second copy in memory, and returns the sums in float32, times the weights' scales. Without AMX
+  oneDNN has only its reference kernel, which is a thousand times slower;
 - a float32 product of the codes, converted in each call so that the model in memory stays int8. It is exact: codes are
   at most 127 in magnitude, so a sum over 1040 features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs
   too) holds each of these.

@@ -1,4 +1,4 @@
-"""Text -> `train.bin`, `val.bin` and `meta.json`: what every `data/<name>/prepare.py` shares."""
+"""Turns a text into `train.bin`, `val.bin` and `meta.json`; every `data/<name>/prepare.py` calls this."""
 
 import dataclasses
 import hashlib

@@ -1,10 +1,9 @@
 """Vocabularies from Hugging Face's `tokenizer.json`: GPT-2's byte-pair encoding, or characters (extra: huggingface).
 
-Two kinds are read. Byte-level BPE, which is GPT-2's: text -> bytes -> the longest known byte strings, by the library
-`tokenizers`. And byte pairs without merges, which is how a character vocabulary is exported: that one becomes a
-character vocabulary again and needs no library.
+Two kinds are read. GPT-2's byte-level BPE is encoded by the library `tokenizers`. Byte pairs without merges are how a
+character vocabulary is exported: they become a character vocabulary again, and need no library.
 
-A BPE vocabulary travels as the others do, in `vocab.json`, in checkpoints and in `meta.json`, as
+A BPE vocabulary is stored where the others are, in `vocab.json`, in checkpoints and in `meta.json`, as
 `{"type": "tokenizer", "vocab_size": 50257, "tokenizer": <the contents of tokenizer.json>}`.
 """
 

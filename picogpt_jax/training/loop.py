@@ -1,4 +1,4 @@
-"""Training: the loop around the step, as a recipe that reads from top to bottom."""
+"""The training loop, to be read from top to bottom: restore; then batch, step, log, evaluate, save."""
 
 import contextlib
 import dataclasses

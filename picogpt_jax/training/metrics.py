@@ -1,4 +1,4 @@
-"""The metrics of a run: a JSON line an event in `metrics.jsonl`, mirrored where the config asks for it; a progress bar.
+"""Writes a run's metrics: a JSON line for each event in `metrics.jsonl`, copies for other tools, a progress bar.
 
 An event is `{"step": 250, "split": "val", "loss": 1.9, ...}`. JSON has neither NaN nor infinity: such a value is null.
 """

@@ -1,7 +1,6 @@
-"""How Orbax is driven: in bounded memory, without a wait that could hang, and quietly. It is imported here alone.
+"""Calls Orbax: in bounded memory, without a wait that could hang, and quietly. Only this file imports it.
 
-Saving is for all processes together; reading for each by itself, because one that finds damage could not come to where
-the others wait.
+All processes save together. Each reads by itself: one that finds damage would not come to where the others wait.
 """
 
 import contextlib

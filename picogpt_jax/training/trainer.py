@@ -1,4 +1,4 @@
-"""The compiled parts of a training: the first state, the step, and the batches as it takes them."""
+"""The compiled parts of a training: the first state, the step, and how batches reach the devices."""
 
 import dataclasses
 import functools
