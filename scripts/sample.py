@@ -1,5 +1,6 @@
 """Prints text from a model: `python scripts/sample.py --model=runs/shakespeare/int8 --start="ROMEO:"`."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import numpy.typing as npt
 from absl import flags
 
 from picogpt_jax import cli
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.formats import sources
+from picogpt_jax.text.plain import read_text
 from picogpt_jax.text.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string(
+MODEL = cli.DEFINE_path(
     "model", None, "A workdir (float), an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file."
 )
 RUNTIME = flags.DEFINE_enum(
@@ -93,16 +95,11 @@ def start_text(vocabulary: Vocabulary) -> str:
     if START.value is None:
         return vocabulary.default_prompt
     if START.value.startswith("FILE:"):
-        path = Path(START.value.removeprefix("FILE:"))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--start: cannot read {path}: {error}") from None
-    else:
-        text = START.value
-    if not text:
+        with errors_in("--start"):
+            return read_text(os.path.expanduser(START.value.removeprefix("FILE:")))
+    if not START.value:
         raise UserError("--start is empty; give at least one character")
-    return text
+    return START.value
 
 
 def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:
