@@ -27,10 +27,12 @@ RUNTIME = flags.DEFINE_enum(
     "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF.",
 )
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1, upper_bound=1 << 20)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0, upper_bound=1 << 30
+)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "0 takes the likeliest token; 1 draws as trained.", lower_bound=0.0
+    "temperature", 0.8, "0 takes the likeliest token; 1 draws as trained.", lower_bound=0.0, upper_bound=1e30
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: among all.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 1337, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
