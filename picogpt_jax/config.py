@@ -293,6 +293,9 @@ def _check_types(section: Any, where: str) -> None:
             _check(value in choices, f"{where}.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
             continue
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if types.NoneType in allowed and value == "none":  # as the scripts' own flags spell it
+            object.__setattr__(section, name, None)
+            continue
         _check(
             type(value) in allowed,
             f"{where}.{name}={value!r} is a {type(value).__name__}; expected "

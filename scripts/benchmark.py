@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))  # configs/ import configs.base
 VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
 
 WHAT = flags.DEFINE_enum("what", None, ["train", "decode", "serve"], "What to measure; also the first argument.")
-JSON = flags.DEFINE_string("json", None, "File for the machine, versions, figures and ratios.")
+JSON = cli.DEFINE_path("json", None, "File for the machine, versions, figures and ratios.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where to run.")
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(ROOT / "configs" / "base.py"), "Configuration of the model and its training.", lock_config=True
 )
-MODEL = flags.DEFINE_string(
+MODEL = cli.DEFINE_path(
     "model", None, "decode, serve: an int8 folder. Default: random weights, of the size in --config."
 )
 NEW_TOKENS = flags.DEFINE_integer(

@@ -26,9 +26,9 @@ from picogpt_jax.text.reading import vocabulary_of_data
 NOEXACT = "-noexact"  # the export of `convert.py --noexact`
 ALL = ["jax", "torch", "onnx", f"onnx{NOEXACT}", "numpy", "llama.cpp"]
 
-MODEL = flags.DEFINE_string("model", None, "An int8 folder.")
-DATA = flags.DEFINE_string("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder for the exports, compare.json and compare.png.")
+MODEL = cli.DEFINE_path("model", None, "An int8 folder.")
+DATA = cli.DEFINE_path("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
+OUTPUT = cli.DEFINE_path("output", None, "Folder for the exports, compare.json and compare.png.")
 RUNTIMES = flags.DEFINE_list("runtimes", None, f"Of {', '.join(ALL)}. Default: those that are installed.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to compare on. Default: all of val.bin.", lower_bound=1)
 PROMPTS = flags.DEFINE_integer("prompts", 100, "Greedy texts to compare; 0: none.", lower_bound=0)

@@ -13,10 +13,8 @@ from picogpt_jax.text.reading import vocabulary_of_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/: an imported workdir needs a configuration
 
-INPUT = flags.DEFINE_string(
-    "input", None, "A workdir, an int8 folder, a PyTorch .pt file, or a Hugging Face GPT-2 folder."
-)
-OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
+INPUT = cli.DEFINE_path("input", None, "A workdir, an int8 folder, a PyTorch .pt file, or a Hugging Face GPT-2 folder.")
+OUTPUT = cli.DEFINE_path("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
@@ -34,7 +32,7 @@ EXACT = flags.DEFINE_bool(
     "With --to=onnx: LayerNorm, attention and tanh in float64, so that the text is JAX's. --noexact is faster, most of "
     "all where whole windows are computed (--overflow=slide, prompts), and needs ONNX Runtime 1.24.",
 )
-DATA = flags.DEFINE_string(
+DATA = cli.DEFINE_path(
     "data",
     None,
     "With --requantize: data folder on which to measure what it costs in loss. With --to=checkpoint: folder with the "

@@ -1,5 +1,6 @@
 """The loss of a model: `python scripts/evaluate.py --model=runs/debug/int8 --data=data/stdlib_char`."""
 
+import math
 from typing import Any
 
 from absl import flags
@@ -12,8 +13,8 @@ from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
 from picogpt_jax.text.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string("model", None, "A workdir, an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file.")
-DATA = flags.DEFINE_string("data", None, "Folder with train.bin, val.bin and meta.json.")
+MODEL = cli.DEFINE_path("model", None, "A workdir, an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file.")
+DATA = cli.DEFINE_path("data", None, "Folder with train.bin, val.bin and meta.json.")
 RUNTIME = flags.DEFINE_enum(
     "runtime",
     "jax",
@@ -28,7 +29,7 @@ FORWARD = flags.DEFINE_enum(
     ["trained", "float"],
     "Of a workdir: the forward pass it was trained with (quantized, after QAT), or its plain float parameters.",
 )
-JSON = flags.DEFINE_string("json", None, "File for the result.")
+JSON = cli.DEFINE_path("json", None, "File for the result.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where JAX computes.")
 
 BATCH_SIZE = 32  # windows computed at once
@@ -49,17 +50,14 @@ def main() -> None:
         loss, tokens, vocabulary = evaluate_jax(is_int8)
     else:
         loss, tokens, vocabulary = evaluate_shared()
-    bits = loss / 0.6931471805599453 * tokens_per_character(tokens, vocabulary)
-    result = {"loss": loss, "bits_per_char": bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
+    targets = Tokens.open(DATA.value, SPLIT.value, 1, vocabulary.size).ids[1 : tokens + 1]
+    unit, tokens_a_unit = vocabulary.bits_unit(targets)
+    bits = loss / math.log(2) * tokens_a_unit
+    result = {"loss": loss, unit: bits, "tokens": tokens, "runtime": RUNTIME.value, "model": MODEL.value}
     if JSON.value:
         write_json(JSON.value, result)
-    print(f"loss {loss:.6f} nats, {bits:.4f} bits per character, {tokens:,} tokens ({kind}, {RUNTIME.value})")
-
-
-def tokens_per_character(tokens: int, vocabulary: Vocabulary) -> float:
-    """Of the text that the targets stand for: 1 where the tokens are characters."""
-    targets = Tokens.open(DATA.value, SPLIT.value, 1, vocabulary.size).ids[1 : tokens + 1]
-    return tokens / vocabulary.n_characters(targets)
+    name = "bits per token" if unit == "bits_per_token" else "bits per character"
+    print(f"loss {loss:.6f} nats, {bits:.4f} {name}, {tokens:,} tokens ({kind}, {RUNTIME.value})")
 
 
 def open_tokens(block_size: int, vocabulary: Vocabulary) -> Tokens:

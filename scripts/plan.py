@@ -24,7 +24,7 @@ VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the 
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration; see configs/.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
-JSON = flags.DEFINE_string("json", None, "File for the plan, or the list of plans.")
+JSON = cli.DEFINE_path("json", None, "File for the plan, or the list of plans.")
 COMPARE = flags.DEFINE_bool("compare", False, "Rank meshes and batch sizes, int8 beside bfloat16.")
 MESHES = flags.DEFINE_list(
     "meshes", None, "data x fsdp x tensor, such as 256x1x1,16x16x1: those to compare, or one a slice."
@@ -35,7 +35,7 @@ BATCH_SIZES = flags.DEFINE_list(
 WEAK_SCALING = flags.DEFINE_list(
     "weak_scaling", None, "Slices of growing size, such as v5e:2x2,v5e:16x16; the batch is that of the first."
 )
-PNG = flags.DEFINE_string("png", None, "--weak_scaling: file for a picture.")
+PNG = cli.DEFINE_path("png", None, "--weak_scaling: file for a picture.")
 QUICK = flags.DEFINE_bool(
     "quick",
     None,

@@ -9,15 +9,19 @@ from picogpt_jax import cli
 from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.DEFINE_path(
     "workdir", None, "Workdir of scripts/train.py (its best checkpoint), a float ckpt.pt or a Hugging Face folder."
 )
-OUTPUT = flags.DEFINE_string("output", None, "Folder for the int8 model.")
+OUTPUT = cli.DEFINE_path("output", None, "Folder for the int8 model.")
 GRANULARITY = flags.DEFINE_enum(
     "weight_granularity", None, ["per_channel", "per_tensor"], "Scales of the weights. Default: as trained."
 )
 ACTIVATION_BITS = flags.DEFINE_enum(
-    "activation_bits", None, ["8", "none"], "8: int8 products; none: only the weights are int8. Default: as trained."
+    "activation_bits",
+    None,
+    ["8", "none"],
+    "8: int8 products; none: only the weights are int8. Default: as trained.",
+    case_sensitive=False,  # None is how a configuration spells it
 )
 DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Where to compute.")
 

@@ -1,5 +1,6 @@
 """Prints text from a model: `python scripts/sample.py --model=runs/shakespeare/int8 --start="ROMEO:"`."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import numpy.typing as npt
 from absl import flags
 
 from picogpt_jax import cli
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.formats import sources
+from picogpt_jax.text.plain import read_text
 from picogpt_jax.text.vocabulary import Vocabulary
 
-MODEL = flags.DEFINE_string(
+MODEL = cli.DEFINE_path(
     "model", None, "A workdir (float), an int8 folder, a PyTorch .pt, an ONNX folder, or a GGUF file."
 )
 RUNTIME = flags.DEFINE_enum(
@@ -25,10 +27,12 @@ RUNTIME = flags.DEFINE_enum(
     "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF.",
 )
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Texts drawn at once.", lower_bound=1, upper_bound=1 << 20)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 500, "Tokens drawn for each.", lower_bound=0, upper_bound=1 << 30
+)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "0 takes the likeliest token; 1 draws as trained.", lower_bound=0.0
+    "temperature", 0.8, "0 takes the likeliest token; 1 draws as trained.", lower_bound=0.0, upper_bound=1e30
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: among all.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 1337, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1)
@@ -93,16 +97,11 @@ def start_text(vocabulary: Vocabulary) -> str:
     if START.value is None:
         return vocabulary.default_prompt
     if START.value.startswith("FILE:"):
-        path = Path(START.value.removeprefix("FILE:"))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--start: cannot read {path}: {error}") from None
-    else:
-        text = START.value
-    if not text:
+        with errors_in("--start"):
+            return read_text(os.path.expanduser(START.value.removeprefix("FILE:")))
+    if not START.value:
         raise UserError("--start is empty; give at least one character")
-    return text
+    return START.value
 
 
 def load_jax(kind: sources.Kind) -> tuple[Generate, Vocabulary, str]:

@@ -37,8 +37,8 @@ LONGEST_STEPS = 125  # a life ends before it has made more than these ...
 LONGEST_SECONDS = 6.0  # ... or, one in five, so long after its start: while JAX starts, reads and compiles
 EVENTS_COMPARED = ("step", "split", "loss")
 
-DATA = flags.DEFINE_string("data", "", "Folder with train.bin, val.bin and meta.json.")
-OUTPUT = flags.DEFINE_string("output", "", "New folder for the runs and soak.json.")
+DATA = cli.DEFINE_path("data", "", "Folder with train.bin, val.bin and meta.json.")
+OUTPUT = cli.DEFINE_path("output", "", "New folder for the runs and soak.json.")
 KILLS = flags.DEFINE_integer("kills", 20, "How often each training is killed.", lower_bound=1)
 INTERVAL = flags.DEFINE_integer("eval_interval", 25, "Steps between checkpoints.", lower_bound=10)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the victims.")

@@ -22,7 +22,7 @@ from picogpt_jax.text.vocabulary import Vocabulary
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/ import configs.base
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration; see configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the loss curve.")
+WORKDIR = cli.DEFINE_path("workdir", None, "Folder for checkpoints, metrics and the loss curve.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where to train.")
 RESUME = flags.DEFINE_bool(
     "resume",

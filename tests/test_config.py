@@ -70,6 +70,14 @@ def test_every_parameter_is_either_a_matrix_or_a_vector(bias: bool) -> None:
     assert len(model.matrix_shapes()) == 6
 
 
+def test_none_is_spelled_as_the_flags_of_the_scripts_spell_it() -> None:
+    values = sections()
+    values["quant"] |= {"activation_bits": "none", "backward_bits": "none"}
+    config = Config.from_dict(values)
+    assert (config.quant.activation_bits, config.quant.backward_bits, config.train.remat) == (None, None, "none")
+    assert config.to_dict()["quant"]["activation_bits"] is None
+
+
 def test_an_unknown_or_missing_key_or_section_is_named() -> None:
     with pytest.raises(
         UserError, match=r"train has unknown keys \['lr'\]; it knows \['attention', 'backward_dtype', 'batch_size', "

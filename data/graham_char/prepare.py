@@ -10,8 +10,8 @@ from absl import flags
 from picogpt_jax import cli
 from picogpt_jax.text import essays, prepare
 
-INPUT_FILE = flags.DEFINE_string("input_file", None, "UTF-8 text to use instead of fetching the essays.")
-OUT_DIR = flags.DEFINE_string("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
+INPUT_FILE = cli.DEFINE_path("input_file", None, "UTF-8 text to use instead of fetching the essays.")
+OUT_DIR = cli.DEFINE_path("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
 DELAY_SECONDS = flags.DEFINE_float("delay_seconds", 1.0, "Pause between two requests.", lower_bound=0.0)
 MAX_ESSAYS = flags.DEFINE_integer("max_essays", None, "Take the first so many essays; all by default.", lower_bound=1)
 

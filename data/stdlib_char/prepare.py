@@ -5,13 +5,11 @@ python data/stdlib_char/prepare.py
 
 from pathlib import Path
 
-from absl import flags
-
 from picogpt_jax import cli
 from picogpt_jax.text import prepare
 
-INPUT_FILE = flags.DEFINE_string("input_file", None, "UTF-8 text to use instead of the standard library's sources.")
-OUT_DIR = flags.DEFINE_string("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
+INPUT_FILE = cli.DEFINE_path("input_file", None, "UTF-8 text to use instead of the standard library's sources.")
+OUT_DIR = cli.DEFINE_path("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
 
 
 def main() -> None:

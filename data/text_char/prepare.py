@@ -6,15 +6,13 @@ python data/text_char/prepare.py --input_file=book.txt --out_dir=data/book_gpt2 
 
 from pathlib import Path
 
-from absl import flags
-
 from picogpt_jax import cli
 from picogpt_jax.text import prepare
 
-INPUT_FILE = flags.DEFINE_string("input_file", None, "The UTF-8 text.")
-OUT_DIR = flags.DEFINE_string("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
+INPUT_FILE = cli.DEFINE_path("input_file", None, "The UTF-8 text.")
+OUT_DIR = cli.DEFINE_path("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")
 
-VOCABULARY = flags.DEFINE_string("vocabulary", None, "vocab.json of a model to train further. Default: the text's own.")
+VOCABULARY = cli.DEFINE_path("vocabulary", None, "vocab.json of a model to train further. Default: the text's own.")
 
 
 def main() -> None:

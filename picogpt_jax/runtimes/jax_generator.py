@@ -4,7 +4,6 @@ Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at 
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -129,8 +128,8 @@ class Generator:
             raise UserError(
                 f"the prompt has shape {prompt_BT.shape}; expected [streams, tokens] with at least one token"
             )
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise UserError(f"temperature={temperature} is not a finite number >= 0")
+        if not 0 <= temperature <= 1e30:  # what it multiplies is a float32 number
+            raise UserError(f"temperature={temperature} is not a number from 0 to 1e30; 1 draws as trained")
         pieces = [np.asarray(prompt_BT, np.int32)]
         for piece_BN in self._pieces(pieces[0], max_new_tokens, temperature, top_k, seed, overflow):
             pieces.append(piece_BN)

@@ -3,7 +3,6 @@
 Shapes: B streams, T time, V vocabulary, N new tokens.
 """
 
-import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -266,8 +265,8 @@ def check_generation(max_new_tokens: int, temperature: float, top_k: int | None,
     """Raises a UserError where a setting of `generate` is out of range."""
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} is negative")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature={temperature} is not a finite number >= 0")
+    if not 0 <= temperature <= 1e30:  # what it multiplies is a float32 number
+        raise UserError(f"temperature={temperature} is not a number from 0 to 1e30; 1 draws as trained")
     if top_k is not None and top_k < 0:
         raise UserError(f"top_k={top_k} is negative; 0 draws from all tokens")
     if not 0 <= seed < 2**63:

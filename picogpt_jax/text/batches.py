@@ -43,9 +43,11 @@ class Tokens:
         Raises:
             UserError: there is no such file, it is too short for one block, or holds ids outside the vocabulary.
         """
-        path = Path(data_dir) / f"{split}.bin"
+        path = Path(data_dir).absolute() / f"{split}.bin"
         if not path.is_file():
-            raise UserError(f"{path} does not exist; run `python data/NAME/prepare.py` and give its folder")
+            raise UserError(
+                f"{path} does not exist; give the full path of a folder that a data/*/prepare.py has written"
+            )
         size = path.stat().st_size
         if size % 2 or size // 2 < block_size + 1:
             raise UserError(

@@ -1,18 +1,22 @@
 """Turns a text into `train.bin`, `val.bin` and `meta.json`; every `data/<name>/prepare.py` calls this."""
 
-import dataclasses
 import hashlib
 import os
 import platform
+import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_path, write_json
+from picogpt_jax.text.plain import read_text, text_pieces
 from picogpt_jax.text.reading import load_vocabulary
-from picogpt_jax.text.vocabulary import Vocabulary
+from picogpt_jax.text.tokenizer import TokenizerVocabulary
+from picogpt_jax.text.vocabulary import Vocabulary, code_points
 
 MIN_CHARACTERS = 32  # leaves 4 for validation, so that each split has an input and a target
 TRAIN_FRACTION = 0.9
@@ -24,69 +28,68 @@ _STDLIB_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "
 _STDLIB_SKIPPED_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What `meta.json` says about a prepared data set."""
-
-    vocabulary: Vocabulary
-    dataset: str
-    source: str
-    sha256: str  # of the whole text, as UTF-8
-    train_tokens: int
-    val_tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.vocabulary.to_json(),
-            "vocab_size": self.vocabulary.size,
-            "dataset": self.dataset,
-            "source": self.source,
-            "sha256": self.sha256,
-            "train_tokens": self.train_tokens,
-            "val_tokens": self.val_tokens,
-        }
-
-
 def prepare_text(
-    text: str,
+    text: str | Path,
     out_dir: str | os.PathLike[str],
     dataset: str,
     source: str,
     vocabulary: Vocabulary | None = None,
-) -> Meta:
+) -> dict[str, Any]:
     """Writes the first 90% of `text` as train.bin, the rest as val.bin, and meta.json; prints a summary.
 
     The files are nanoGPT's: raw little-endian uint16 ids over the sorted characters of the whole text, or of the
     `vocabulary` of a model that is to be trained further.
 
+    Args:
+        text: the text, or a file with it, which is read twice and in pieces: it may be larger than the memory (but for
+            a tokenizer's vocabulary).
+
+    Returns:
+        what meta.json holds; `sha256` is of the whole text, as UTF-8.
+
     Raises:
         UserError: the text is too short or has too many distinct characters, or `out_dir` cannot be written.
     """
-    if len(text) < MIN_CHARACTERS:
-        raise UserError(f"the text ({source}) has {len(text)} characters; at least {MIN_CHARACTERS} are needed")
+    length, distinct, sha256 = _survey(_pieces(text, "reading"))
+    if length < MIN_CHARACTERS:
+        raise UserError(f"the text ({source}) has {length} characters; at least {MIN_CHARACTERS} are needed")
     if vocabulary is None:
-        vocabulary = Vocabulary.from_text(text)
-    train_text = int(len(text) * TRAIN_FRACTION)
-    parts = {f"{source}, its first {TRAIN_FRACTION:.0%}": text[:train_text], f"{source}, the rest": text[train_text:]}
-    ids = [vocabulary.encode(part, name).astype("<u2") for name, part in parts.items()]
-    meta = Meta(
-        vocabulary=vocabulary,
-        dataset=dataset,
-        source=source,
-        sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        train_tokens=len(ids[0]),
-        val_tokens=len(ids[1]),
-    )
-    out_dir = Path(out_dir)
+        vocabulary = Vocabulary.from_text(distinct)
+    out_dir, n_train = Path(out_dir), int(length * TRAIN_FRACTION)
     with atomic_path(out_dir / "train.bin") as train_path, atomic_path(out_dir / "val.bin") as val_path:
-        ids[0].tofile(train_path)
-        ids[1].tofile(val_path)
+        pieces = _pieces(text, "writing")
+        if isinstance(vocabulary, TokenizerVocabulary):  # a token may lie across two pieces
+            pieces = iter(["".join(pieces)])
+        with train_path.open("wb") as train, val_path.open("wb") as val:
+            start = 0
+            for piece in pieces:
+                middle = max(n_train - start, 0)
+                for file, part, first in ((train, piece[:middle], start), (val, piece[middle:], start + middle)):
+                    file.write(vocabulary.encode(part, source, first).astype("<u2").tobytes())
+                start += len(piece)
         # An interruption from here on must not leave new ids beside the vocabulary of an earlier text.
         (out_dir / "meta.json").unlink(missing_ok=True)
-    write_json(out_dir / "meta.json", meta.to_json())
-    print(f"{dataset}: {len(text):,} characters, {len(set(text)):,} distinct ({source})")
-    print(f"wrote {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens to {out_dir}")
+        n_tokens = [path.stat().st_size // 2 for path in (train_path, val_path)]
+    meta = {**vocabulary.to_json(), "vocab_size": vocabulary.size, "dataset": dataset, "source": source}
+    meta |= {"sha256": sha256, "train_tokens": n_tokens[0], "val_tokens": n_tokens[1]}
+    write_json(out_dir / "meta.json", meta)
+    print(f"{dataset}: {length:,} characters, {len(distinct):,} distinct ({source})")
+    print(f"wrote {n_tokens[0]:,} training and {n_tokens[1]:,} validation tokens to {out_dir}")
     return meta
+
+
+def _pieces(text: str | Path, label: str) -> Iterator[str]:
+    return iter([text]) if isinstance(text, str) else text_pieces(text, label)
+
+
+def _survey(pieces: Iterator[str]) -> tuple[int, str, str]:
+    """The number of characters, the distinct ones, and the SHA-256 of the UTF-8."""
+    length, seen, digest = 0, np.zeros(sys.maxunicode + 1, bool), hashlib.sha256()
+    for piece in pieces:
+        length += len(piece)
+        seen[code_points(piece)] = True
+        digest.update(piece.encode("utf-8", "surrogatepass"))
+    return length, "".join(map(chr, np.flatnonzero(seen))), digest.hexdigest()
 
 
 def run_prepare(
@@ -96,7 +99,7 @@ def run_prepare(
     default_text: Callable[[], str] | None = None,
     default_source: str = "",
     vocabulary_file: str | os.PathLike[str] | None = None,
-) -> Meta:
+) -> dict[str, Any]:
     """Prepares the text of `input_file`, or of `default_text()` where no file is given.
 
     `vocabulary_file` is the vocab.json of the model that is to be trained further, if any.
@@ -106,37 +109,12 @@ def run_prepare(
     """
     vocabulary = load_vocabulary(vocabulary_file) if vocabulary_file else None
     if input_file is not None:
-        return prepare_text(read_text(input_file), out_dir, dataset, Path(input_file).name, vocabulary)
+        path = Path(input_file)
+        # What is no file, such as <(zcat text.gz), can be read once.
+        return prepare_text(path if path.is_file() else read_text(path), out_dir, dataset, path.name, vocabulary)
     if default_text is None:
         raise UserError(f"{dataset} has no text of its own; name yours with --input_file=TEXT")
     return prepare_text(default_text(), out_dir, dataset, default_source, vocabulary)
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    r"""Reads a UTF-8 text; a byte order mark is dropped, newlines ("\n", "\r\n") stay as they are.
-
-    Raises:
-        UserError: the file is missing, a folder, unreadable, empty, binary or not UTF-8.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected a text file, see --input_file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; expected a text file, see --input_file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise UserError(f"cannot read {path}: {error}; expected a text file, see --input_file") from None
-    nul_offset = data.find(b"\0")
-    if nul_offset >= 0:
-        raise UserError(f"{path} is binary (NUL byte at offset {nul_offset}); expected UTF-8 text")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise UserError(f"{path} is not UTF-8 ({found}); convert it first, for example with iconv -t UTF-8") from None
-    if not text:
-        raise UserError(f"{path} is empty; expected a text of at least {MIN_CHARACTERS} characters")
-    return text
 
 
 def stdlib_text() -> str:

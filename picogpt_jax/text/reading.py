@@ -1,11 +1,11 @@
 """Reads the files that hold a vocabulary: vocab.json, meta.json, nanoGPT's meta.pkl, tokenizer.json."""
 
-import io
 import os
-import pickle
 import pickletools
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import read_json
@@ -61,7 +61,7 @@ def vocabulary_of_data(data_dir: str | os.PathLike[str], size: int | None = None
     if (data_dir / "meta.json").exists():
         return load_vocabulary(data_dir / "meta.json")
     if (data_dir / "meta.pkl").exists():
-        return _from_pickle(data_dir / "meta.pkl")
+        return _from_pickle(data_dir / "meta.pkl", token_ids)
     if (data_dir / TOKENIZER_FILE).exists():
         return read_tokenizer(data_dir, size)
     only_tokens = token_ids and (data_dir / "train.bin").is_file()
@@ -73,46 +73,46 @@ def vocabulary_of_data(data_dir: str | os.PathLike[str], size: int | None = None
             "tokenizer.json of a byte-pair encoding there, or give --config.model.vocab_size"
         )
     own_script = data_dir / "prepare.py"
-    command = own_script if own_script.exists() else f"data/NAME/prepare.py --out_dir={data_dir}"
-    raise UserError(f"{data_dir} has no meta.json (nor nanoGPT's meta.pkl); make it with: python {command}")
+    way_out = f"make it with: python {shlex.quote(str(own_script))}"
+    if not own_script.exists():
+        way_out = (
+            f"looked in {data_dir.absolute()}; give the full path of a folder that a data/*/prepare.py has written"
+        )
+    raise UserError(f"{data_dir} has no meta.json (nor nanoGPT's meta.pkl); {way_out}")
 
 
-def _from_pickle(path: Path) -> Vocabulary:
-    meta = _load_plain_pickle(path)
-    itos, stoi = (meta.get(key) if isinstance(meta, dict) else None for key in ("itos", "stoi"))
-    if not isinstance(itos, dict) or not isinstance(stoi, dict):
-        raise UserError(f"{path} is not nanoGPT's: expected the dicts itos and stoi; prepare the data again")
-    if set(itos) != set(range(len(itos))):
-        raise UserError(f"{path}: the ids of itos are not 0 to {len(itos) - 1}; prepare the data again")
-    chars = [itos[index] for index in range(len(itos))]
-    vocabulary = vocabulary_from_json(
-        {"type": "char", "itos": chars, "vocab_size": meta.get("vocab_size", len(chars))}, str(path)
+def _from_pickle(path: Path, token_ids: bool) -> Vocabulary:
+    """nanoGPT's: itos and stoi, characters both ways; or vocab_size alone, the number of token ids without a text."""
+    meta = _plain_pickle(path)
+    keys = list(meta) if isinstance(meta, dict) else []
+    itos, stoi, size = (meta.get(key) if keys else None for key in ("itos", "stoi", "vocab_size"))
+    if keys == ["vocab_size"] and type(size) is int and token_ids:
+        return TokenIds.of_size(size, str(path))
+    way_on = (
+        "prepare the text by characters with data/text_char/prepare.py, or move meta.pkl away and give "
+        "--config.model.vocab_size to train on the token ids alone"
     )
-    if stoi != {char: index for index, char in enumerate(chars)}:
-        raise UserError(f"{path}: stoi and itos contradict each other; prepare the data again")
+    if isinstance(itos, list):
+        itos = dict(enumerate(itos))
+    if not isinstance(itos, dict) or not isinstance(stoi, dict):
+        raise UserError(f"{path} has the keys {ascii(keys)[:60]}, expected itos and stoi; {way_on}")
+    chars: list[Any] = [itos.get(index) for index in range(len(itos))]
+    words = [char for char in chars if isinstance(char, str) and len(char) > 1]
+    if words:
+        raise UserError(f"{path} has tokens of several characters, such as {ascii(words[0])[:30]}; {way_on}")
+    with errors_in(path):
+        vocabulary = Vocabulary(tuple(chars))
+    if stoi != {char: index for index, char in enumerate(chars)} or size not in (None, len(chars)):
+        raise UserError(f"{path}: itos, stoi and vocab_size contradict each other; {way_on}")
     return vocabulary
 
 
-# Everything that a dict of dicts of strings and integers needs, at any protocol; nothing that imports or calls. Tuples
-# are left out on purpose: hashing a deeply nested one overflows the C stack.
-_PLAIN_OPCODES = frozenset(
-    {
-        *("PROTO", "FRAME", "MARK", "STOP", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"),
-        *("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
-    }
-)
+def _plain_pickle(path: Path) -> Any:
+    """Reads a pickle of dicts, lists, tuples, strings, numbers, True, False and None; nothing of it is executed.
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """A second line of defence behind `_PLAIN_OPCODES`: no name is ever looked up."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-
-def _load_plain_pickle(path: Path) -> Any:
-    """Reads a pickle of dicts, strings and integers; anything else is a `UserError`, and nothing of it is executed."""
+    Raises:
+        UserError: it holds anything else.
+    """
     try:
         if path.stat().st_size > MAX_PICKLE_BYTES:
             raise UserError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PICKLE_BYTES} were expected")
@@ -120,11 +120,53 @@ def _load_plain_pickle(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in _PLAIN_OPCODES:
-                raise pickle.UnpicklingError(f"{opcode.name} is not allowed; only dicts, strings and integers are read")
-            if "PUT" in opcode.name and (argument or 0) > len(data):  # the memo is an array: this would fill the memory
-                raise pickle.UnpicklingError(f"memo index {argument}")
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a malformed pickle may raise anything: EOFError, IndexError, MemoryError, ...
-        raise UserError(f"{path} is not a plain pickle ({error}); prepare the data again") from None
+        return _unpickled(data)
+    except (
+        Exception
+    ) as error:  # a malformed pickle may raise anything: ValueError, IndexError, KeyError, TypeError, ...
+        raise UserError(f"{path} is not a plain pickle ({error}); prepare the text again") from None
+
+
+_STRINGS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
+_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": list}
+_TAKES = {"SETITEM": 2, "APPEND": 1, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}  # so many of the newest items
+_TAKES_TO_MARK = {"DICT", "LIST", "TUPLE", "SETITEMS", "APPENDS"}
+
+
+def _unpickled(data: bytes) -> Any:
+    """The value of a pickle, with tuples as lists.
+
+    Python's own unpickler imports and calls, makes its memo as long as the file says, and overflows the C stack on a
+    deep tuple that is a key.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _STRINGS | _NUMBERS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in _TAKES or name in _TAKES_TO_MARK:
+            at = len(stack) - _TAKES[name] if name in _TAKES else marks.pop()
+            items, stack[at:] = stack[at:], [{}] if name == "DICT" else []
+            if name in ("DICT", "SETITEM", "SETITEMS"):
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            elif name in ("APPEND", "APPENDS"):
+                stack[-1].extend(items)
+            else:
+                stack.append(items)
+        elif name == "MEMOIZE" or name.endswith("PUT"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError(f"{name} is not allowed; only dicts, lists, tuples, strings and numbers are read")
+    return stack[-1]

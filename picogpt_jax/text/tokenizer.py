@@ -58,7 +58,7 @@ class TokenizerVocabulary(Vocabulary):
         tokenizer.no_padding()
         return tokenizer
 
-    def encode(self, text: str, source: str = "the text") -> npt.NDArray[np.uint16]:
+    def encode(self, text: str, source: str = "the text", first: int = 0) -> npt.NDArray[np.uint16]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if self.decode(ids) != text:  # a byte that is no token would vanish without a word
             raise UserError(f"{source} holds characters that the tokenizer cannot represent; leave them out")
@@ -67,8 +67,8 @@ class TokenizerVocabulary(Vocabulary):
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         return self._tokenizer.decode(self._checked_ids(ids), skip_special_tokens=False)
 
-    def n_characters(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> int:
-        return len(self.decode(ids))
+    def bits_unit(self, ids: npt.NDArray[np.integer]) -> tuple[str, float]:
+        return "bits_per_char", len(ids) / len(self.decode(ids))
 
     @property
     def default_prompt(self) -> str:

@@ -36,7 +36,8 @@ class Vocabulary:
         for index, char in enumerate(self.itos):
             # Half a surrogate pair is a str in Python but no character, and no UTF-8 file can hold it.
             if not (isinstance(char, str) and len(char) == 1) or "\ud800" <= char <= "\udfff":
-                raise UserError(f"vocabulary entry {index} is {ascii(char)[:80]}; expected a string of one character")
+                found = ascii(char)[:80] if isinstance(char, str) else f"a {type(char).__name__}"
+                raise UserError(f"vocabulary entry {index} is {found}; expected a string of one character")
             if char in seen:
                 raise UserError(f"vocabulary entry {index} is a second {_describe(char)}; expected distinct characters")
             seen.add(char)
@@ -52,24 +53,31 @@ class Vocabulary:
         table[[ord(char) for char in self.itos]] = np.arange(self.size)
         return table
 
-    def encode(self, text: str, source: str = "the text") -> npt.NDArray[np.uint16]:
+    def encode(self, text: str, source: str = "the text", first: int = 0) -> npt.NDArray[np.uint16]:
         """Returns the ids, uint16 [len(text)].
 
         Args:
             text: what to encode.
             source: where `text` comes from, for the error message, such as a flag's name.
+            first: the position of `text` there.
 
         Raises:
             UserError: a character is not in the vocabulary.
         """
-        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        ids = self._ids_by_code_point[code_points]
+        ids = self._ids_by_code_point[code_points(text)]
         unknown = ids < 0
         if unknown.any():
             position = int(unknown.argmax())
+            char, way_out = text[position], "leave it out, or train on a text that has it"
+            if source == "--start" and char == "\\":
+                way_out = (
+                    r"bash makes a line break of --start=$'ROMEO:\n'; or put the text into a file: --start=FILE:PATH"
+                )
+            elif char == "\r":
+                way_out = r"the line breaks are Windows': take them from the file with tr -d '\r'"
             raise UserError(
-                f"{source} has the character {_describe(text[position])} at position {position}, which is not in the "
-                f"vocabulary of {self.size}; leave it out, or train on a text that has it"
+                f"{source} has the character {_describe(char)} at position {first + position}, which is not in the "
+                f"vocabulary of {self.size}; {way_out}"
             )
         return ids.astype(np.uint16)
 
@@ -91,9 +99,9 @@ class Vocabulary:
             )
         return values
 
-    def n_characters(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> int:
-        """How many characters the tokens `ids` stand for."""
-        return len(ids)
+    def bits_unit(self, ids: npt.NDArray[np.integer]) -> tuple[str, float]:
+        """What losses are told in, beside nats per token: its name, and how many tokens of `ids` make one."""
+        return "bits_per_char", 1.0
 
     @property
     def default_prompt(self) -> str:
@@ -146,11 +154,14 @@ class TokenIds(Vocabulary):
             "the workdir (and into data.dir, for what is trained from now on)"
         )
 
-    def encode(self, text: str, source: str = "the text") -> npt.NDArray[np.uint16]:
+    def encode(self, text: str, source: str = "the text", first: int = 0) -> npt.NDArray[np.uint16]:
         self.require_text()
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         self.require_text()
+
+    def bits_unit(self, ids: npt.NDArray[np.integer]) -> tuple[str, float]:
+        return "bits_per_token", 1.0
 
     @property
     def default_prompt(self) -> str:
@@ -158,6 +169,11 @@ class TokenIds(Vocabulary):
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "ids", "vocab_size": self.size}
+
+
+def code_points(text: str) -> npt.NDArray[np.uint32]:
+    """The code point of each character."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 def _describe(char: str) -> str:

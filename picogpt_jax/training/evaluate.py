@@ -1,6 +1,5 @@
 """The loss of a model on a text: consecutive windows, every target once."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,6 @@ from picogpt_jax.text.batches import evaluation_windows, padded_windows, target_
 
 # weights (any tree), tokens [B, T] -> float32 logits [B, T, V]
 Forward = Callable[[Any, Int[Array, "B T"]], Any]
-
-
-def bits_per_char(nats: float) -> float:
-    """Nats per character -> bits per character."""
-    return nats / math.log(2.0)
 
 
 class Evaluator:

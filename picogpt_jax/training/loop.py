@@ -27,7 +27,7 @@ from picogpt_jax.model.numerics import Mode
 from picogpt_jax.text.batches import Split, Tokens
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training import checkpoint
-from picogpt_jax.training.evaluate import Evaluator, bits_per_char
+from picogpt_jax.training.evaluate import Evaluator
 from picogpt_jax.training.metrics import MetricsWriter, ProgressBar
 from picogpt_jax.training.optimizer import learning_rate_schedule
 from picogpt_jax.training.resume import begin, check_resumable
@@ -136,8 +136,7 @@ def _train(
         batches = Batches(config, tokens["train"], trainer.mesh)
         evaluators: dict[Mode, Evaluator] = {}
         max_windows = config.train.eval_iters * config.train.batch_size
-        sample = tokens["val"].ids[:TOKENS_COUNTED]
-        tokens_per_char = len(sample) / vocabulary.n_characters(sample)
+        unit, tokens_a_unit = vocabulary.bits_unit(tokens["val"].ids[:TOKENS_COUNTED])
         with (
             MetricsWriter(workdir, config.log, config.to_dict(), resume_step, enabled=distributed.is_first()) as writer,
             ProgressBar(config.train.max_iters, first, enabled=distributed.is_first()) as progress,
@@ -160,8 +159,7 @@ def _train(
                     val_loss = evaluator.loss(state.params, tokens["val"].ids, max_windows)
                     if not math.isfinite(val_loss):
                         _stop_not_finite(f"the validation loss of step {step}", workdir, checkpoints)
-                    bits = bits_per_char(val_loss) * tokens_per_char
-                    writer.write(step, "val", {"loss": val_loss, "bits_per_char": bits})
+                    writer.write(step, "val", {"loss": val_loss, unit: val_loss / math.log(2) * tokens_a_unit})
                     # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
                     ranked = mode == trainer.mode_at(config.train.max_iters - 1)
                     best = min(best, val_loss) if ranked else best

@@ -30,6 +30,7 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is a file or a pipe
 CONSOLE = {
     "loss": ("loss", ".4f"),
     "bits_per_char": ("bits/char", ".3f"),
+    "bits_per_token": ("bits/token", ".3f"),
     "step_time_ms": ("ms/step", ".1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     "learning_rate": ("lr", ".2e"),

@@ -56,7 +56,7 @@ def save_png(figure: Any, png_path: str | os.PathLike[str], dpi: int = 150) -> N
 
 
 def plot_loss(metrics: Metrics | Mapping[str, Metrics], png_path: str | os.PathLike[str], title: str) -> None:
-    """Draws training and validation loss against the step, in nats per token (left) and bits per character (right).
+    """Draws training and validation loss against the step, in nats (left) and bits (right) per token.
 
     Args:
         metrics: the path of a `metrics.jsonl`, or its events; or label -> either, to compare several runs.
@@ -88,7 +88,7 @@ def loss_figure(metrics: Metrics | Mapping[str, Metrics], title: str) -> Any:
         axes.grid(color="#e4e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         to_and_from_bits = (lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
-        axes.secondary_yaxis("right", functions=to_and_from_bits).set_ylabel("bits per character")
+        axes.secondary_yaxis("right", functions=to_and_from_bits).set_ylabel("bits per token")
         axes.legend(loc="upper right", edgecolor="none", framealpha=0.85)
     return figure
 

@@ -357,6 +357,6 @@ def test_an_imported_gpt2_speaks_and_is_measured_in_text(tmp_path: Path, run_scr
     done = run_script("scripts/evaluate.py", "--model=run", "--data=data", "--json=loss.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "loss.json").read_text())
-    assert result["tokens"] == meta.val_tokens - 1 < 40, "of 68 characters"
+    assert result["tokens"] == meta["val_tokens"] - 1 < 40, "of 68 characters"
     text = vocabulary.decode(np.fromfile(tmp_path / "data/val.bin", np.uint16)[1:])
     assert result["bits_per_char"] == pytest.approx(result["loss"] / np.log(2) * result["tokens"] / len(text))

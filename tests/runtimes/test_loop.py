@@ -143,7 +143,8 @@ def test_draws_follow_the_softmax() -> None:
     ("setting", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
-        ({"temperature": math.nan}, "temperature=nan is not a finite number >= 0"),
+        ({"temperature": math.nan}, "temperature=nan is not a number from 0 to 1e30"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 is not a number from 0 to 1e30"),
         ({"top_k": -1}, "top_k=-1 is negative"),
         ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*63\)"),
         ({"overflow": "stop"}, "overflow='stop' is not one of"),

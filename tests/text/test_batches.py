@@ -87,7 +87,8 @@ def test_windows_are_the_tokens_from_each_start(tmp_path: Path) -> None:
 
 def test_a_missing_split_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"val\.bin does not exist; run `python data/NAME/prepare\.py` and give its folder"
+        UserError,
+        match=r"val\.bin does not exist; give the full path of a folder that a data/\*/prepare\.py has written",
     ):
         Tokens.open(tmp_path, "val", block_size=4, vocab_size=10)
 

@@ -55,7 +55,7 @@ def test_text_becomes_the_tokens_of_the_library_and_text_again(vocabulary: Vocab
     assert len(ids) < len(TEXT.encode()), "merges are applied"
     assert vocabulary.decode(ids) == TEXT
     assert vocabulary.decode(ids.tolist()) == TEXT
-    assert vocabulary.n_characters(ids) == len(TEXT)
+    assert vocabulary.bits_unit(ids) == ("bits_per_char", len(ids) / len(TEXT))
     assert (vocabulary.size, vocabulary.default_prompt) == (SIZE, "\n")
 
 

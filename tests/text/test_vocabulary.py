@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import pickle
 import sys
@@ -10,8 +11,14 @@ import pytest
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.hf_tokenizer import tokenizer_files
-from picogpt_jax.text.reading import MAX_PICKLE_BYTES, load_vocabulary, vocabulary_from_json, vocabulary_of_data
-from picogpt_jax.text.vocabulary import Vocabulary
+from picogpt_jax.text.reading import (
+    MAX_PICKLE_BYTES,
+    _unpickled,
+    load_vocabulary,
+    vocabulary_from_json,
+    vocabulary_of_data,
+)
+from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
 
 NANOGPT_META = {"vocab_size": 3, "itos": {0: "\n", 1: "a", 2: "é"}, "stoi": {"\n": 0, "a": 1, "é": 2}}
 
@@ -38,6 +45,14 @@ def test_an_unknown_character_is_named_with_its_position_and_source() -> None:
         vocabulary.encode("a🙂bébé", source="--start")
     with pytest.raises(UserError, match=r"the text has the character '\\udcff' \(U\+DCFF\) at position 0"):
         vocabulary.encode("\udcff")  # what an argument that is not UTF-8 becomes
+
+
+def test_a_backslash_or_carriage_return_that_is_unknown_names_the_way_on() -> None:
+    vocabulary = Vocabulary.from_text("ROME:\n")
+    with pytest.raises(UserError, match=r"--start=\$'ROMEO:\\n'; or put the text into a file: --start=FILE:PATH"):
+        vocabulary.encode(r"ROMEO:\n", "--start")
+    with pytest.raises(UserError, match=r"the line breaks are Windows': take them from the file with tr -d '\\r'"):
+        vocabulary.encode("ROMEO:\r\n", "--start")
 
 
 @pytest.mark.parametrize("ids", [[0, 3], [0, -1], np.array([0, 3]), np.array([0, -1])])
@@ -75,8 +90,8 @@ def test_the_file_is_the_documented_one_and_loads_again(tmp_path: Path) -> None:
         ({"type": "char", "itos": []}, "a vocabulary of 0 entries"),
         ({"type": "char", "itos": ["a", "bc"]}, "entry 1 is 'bc'; expected a string of one character"),
         ({"type": "char", "itos": ["a", ""]}, "entry 1 is ''; expected a string of one character"),
-        ({"type": "char", "itos": ["a", 1]}, "entry 1 is 1; expected a string of one character"),
-        ({"type": "char", "itos": ["a", ["b"]]}, r"entry 1 is \['b'\]; expected a string of one character"),
+        ({"type": "char", "itos": ["a", 1]}, "entry 1 is a int; expected a string of one character"),
+        ({"type": "char", "itos": ["a", ["b"]]}, "entry 1 is a list; expected a string of one character"),
         ({"type": "char", "itos": ["a", "\ud800"]}, r"entry 1 is '\\ud800'; expected"),
         ({"type": "char", "itos": ["a", "b", "a"]}, r"entry 2 is a second 'a' \(U\+0061\); expected distinct"),
         ({"type": "char", "itos": ["a", "b"], "vocab_size": 3}, "vocab_size 3 but 2 entries"),
@@ -99,10 +114,10 @@ def test_meta_json_comes_before_meta_pkl(tmp_path: Path) -> None:
     assert vocabulary_of_data(tmp_path).itos == ("x", "y", "z")
 
 
-def test_a_folder_that_is_not_prepared_names_the_command(tmp_path: Path) -> None:
-    missing = tmp_path / "book_char"
-    with pytest.raises(UserError, match=rf"make it with: python data/NAME/prepare\.py --out_dir={missing}$"):
-        vocabulary_of_data(missing)
+def test_a_folder_that_is_not_prepared_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^book has no meta\.json .*; looked in {tmp_path}/book; give the full path"):
+        vocabulary_of_data("book")
     (tmp_path / "prepare.py").touch()
     with pytest.raises(UserError, match=rf"make it with: python {tmp_path / 'prepare.py'}$"):
         vocabulary_of_data(tmp_path)
@@ -113,7 +128,8 @@ def test_token_files_alone_have_ids_and_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has token files but no vocabulary .* or give --config.model.vocab_size"):
         vocabulary_of_data(tmp_path)
     ids = vocabulary_of_data(tmp_path, 50304)
-    assert (ids.size, ids.n_characters(np.arange(7))) == (50304, 7)
+    assert (ids.size, ids.bits_unit(np.arange(7))) == (50304, ("bits_per_token", 1.0))
+    assert Vocabulary.from_text("abc").bits_unit(np.arange(3)) == ("bits_per_char", 1.0)
     assert vocabulary_from_json(ids.to_json(), "vocab.json") == ids
     export = functools.partial(tokenizer_files, ids, 8)
     for use in (lambda: ids.encode("a"), lambda: ids.decode([1]), lambda: ids.default_prompt, export):
@@ -133,16 +149,36 @@ def test_token_ids_fit_any_vocabulary_of_their_number(tmp_path: Path) -> None:
     assert not text.fits(Vocabulary.from_text("abd"))
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_else_is_plain_in_a_meta_pkl_is_read(tmp_path: Path, protocol: int) -> None:
+    chars = ["\n", "a", "é"]
+    more = {"chars": chars, "list": [1, -2.5, None, True, 2**70, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, []]}
+    value = {**NANOGPT_META, **more, "itos": chars}
+    data = pickle.dumps(value, protocol)
+    (tmp_path / "meta.pkl").write_bytes(data)
+    assert vocabulary_of_data(tmp_path) == Vocabulary(tuple(chars))
+    assert json.dumps(_unpickled(data)) == json.dumps(pickle.loads(data))  # which has no tuples either
+
+
+def test_a_meta_pkl_of_vocab_size_alone_means_token_ids(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 70}))
+    assert vocabulary_of_data(tmp_path) == TokenIds.of_size(70, "")
+    with pytest.raises(UserError, match=r"has the keys \['vocab_size'\], expected itos and stoi"):
+        vocabulary_of_data(tmp_path, token_ids=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stoi": {"\n": 0, "a": 2, "é": 1}}, "stoi and itos contradict each other"),
-        ({"stoi": {"\n": 0}}, "stoi and itos contradict each other"),
-        ({"stoi": "\na"}, "expected the dicts itos and stoi"),
-        ({"itos": {0: "\n", 1: "a", 3: "é"}}, "ids of itos are not 0 to 2"),
+        ({"stoi": {"\n": 0, "a": 2, "é": 1}}, "itos, stoi and vocab_size contradict each other"),
+        ({"stoi": {"\n": 0}}, "itos, stoi and vocab_size contradict each other"),
+        ({"vocab_size": 4}, "itos, stoi and vocab_size contradict each other"),
+        ({"vocab_size": [[]]}, "itos, stoi and vocab_size contradict each other"),
+        ({"stoi": "\na"}, "expected itos and stoi"),
+        ({"itos": {0: "\n", 1: "a", 3: "é"}}, "entry 2 is a NoneType; expected"),
         ({"itos": {}, "vocab_size": 0}, "a vocabulary of 0 entries"),
-        ({"itos": {0: "\n", 1: {}, 2: "é"}}, "entry 1 is {}; expected a string of one character"),
-        ({"vocab_size": 4}, "vocab_size 4 but 3 entries"),
+        ({"itos": {0: "\n", 1: {}, 2: "é"}}, "entry 1 is a dict; expected a string of one character"),
+        ({"itos": ["\n", "th", "é"]}, r"tokens of several characters, such as 'th'; prepare the text by .*, or move"),
     ],
 )
 def test_a_contradictory_meta_pkl_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -178,6 +214,7 @@ def test_a_pickle_is_never_executed(tmp_path: Path, protocol: int) -> None:
         pytest.param(b"not a pickle at all", id="text"),
         pytest.param(pickle.dumps(NANOGPT_META)[:-9], id="truncated"),
         pytest.param(pickle.dumps([NANOGPT_META]), id="list"),
+        pytest.param(b"]" * 9 + b"2" * 9, id="opcode that is not plain"),
         pytest.param(pickle.dumps({"itos": b"ab"}), id="bytes"),
         pytest.param(b"}r\xff\xff\xff\x7f.", id="memo index that would take 32 GB"),
         pytest.param(b"}p-1\n.", id="negative memo index"),
@@ -185,13 +222,15 @@ def test_a_pickle_is_never_executed(tmp_path: Path, protocol: int) -> None:
         pytest.param(b"}(}K\x00u.", id="unhashable key"),
         pytest.param(b"}s.", id="stack underflow"),
         pytest.param(b")" + b"\x85" * (4 * sys.getrecursionlimit()) + b".", id="deep tuple"),
+        pytest.param(b"})" + b"\x85" * (4 * sys.getrecursionlimit()) + b"K\x00s.", id="deep tuple as a key"),
+        pytest.param(b"]q\x00h\x00a.", id="list in itself"),
         pytest.param(b"\x80\xff}.", id="unknown protocol"),
         pytest.param(b"I" + b"9" * 5000 + b"\n.", id="endless integer"),
     ],
 )
 def test_a_malformed_pickle_is_a_users_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "meta.pkl").write_bytes(data)
-    with pytest.raises(UserError, match=r"meta\.pkl is not a plain pickle"):
+    with pytest.raises(UserError, match=r"meta\.pkl (is not a plain pickle|has the keys \[\], expected itos and stoi)"):
         vocabulary_of_data(tmp_path)
 
 

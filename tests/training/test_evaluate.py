@@ -7,7 +7,7 @@ import pytest
 
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.devices.sharding import make_mesh
-from picogpt_jax.training.evaluate import Evaluator, bits_per_char
+from picogpt_jax.training.evaluate import Evaluator
 
 VOCAB = 5
 IDS = np.random.default_rng(0).integers(0, VOCAB, 30).astype(np.uint16)  # 29 targets: three windows of 8, and one of 5
@@ -47,4 +47,3 @@ def test_a_limited_evaluation_takes_windows_spread_over_the_text() -> None:
 def test_equal_logits_cost_the_entropy_of_a_uniform_choice() -> None:
     loss = evaluator().loss(jnp.zeros((VOCAB, VOCAB)), IDS)
     assert loss == pytest.approx(math.log(VOCAB), rel=1e-6)
-    assert bits_per_char(loss) == pytest.approx(math.log2(VOCAB), rel=1e-6)

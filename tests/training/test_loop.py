@@ -2,13 +2,15 @@ import dataclasses
 import errno
 import gc
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tiny import VOCABULARY, same, tiny_config
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError
 from picogpt_jax.text.reading import load_vocabulary
+from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training import loop as train_module
 from picogpt_jax.training import trainer as trainer_module
 from picogpt_jax.training.checkpoint import Checkpoints
@@ -105,6 +108,20 @@ def test_a_run_leaves_what_the_contract_says(finished: Run) -> None:
     assert meta["val_loss"] == val[1]["loss"]
     assert meta["config"] == finished.config.to_dict()
     assert meta["vocab"] == VOCABULARY.to_json()
+
+
+def test_where_there_is_no_text_bits_are_those_of_a_token(
+    data_dir: Path, tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    config = tiny_config(data_dir, train__max_iters=4)
+    train(config, TokenIds.of_size(VOCABULARY.size, "a test"), tmp_path / "run")
+    event = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert event == {"step": 4, "split": "val", "loss": event["loss"], "bits_per_token": event["loss"] / math.log(2)}
+    done = run_script("scripts/evaluate.py", "--model=run", f"--data={data_dir}", "--json=loss.json")
+    assert re.match(r"loss \d\.\d+ nats, \d\.\d+ bits per token, 399 tokens", done.stdout), done.stderr
+    result = json.loads((tmp_path / "loss.json").read_text())
+    assert list(result) == ["loss", "bits_per_token", "tokens", "runtime", "model"]
+    assert result["bits_per_token"] == pytest.approx(result["loss"] / math.log(2))
 
 
 def test_a_resumed_run_equals_one_without_a_break(finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

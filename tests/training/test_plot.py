@@ -46,7 +46,7 @@ def test_the_second_axis_is_in_bits() -> None:
     figure.draw_without_rendering()  # the second axis takes its limits when it is drawn
     axes = figure.axes[0]
     (bits,) = axes.child_axes
-    assert bits.get_ylabel() == "bits per character"
+    assert bits.get_ylabel() == "bits per token"
     assert np.array(bits.get_ylim()) * math.log(2) == pytest.approx(axes.get_ylim())
 
 
