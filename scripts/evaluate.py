@@ -1,5 +1,6 @@
 """The loss of a model: `python scripts/evaluate.py --model=runs/debug/int8 --data=data/stdlib_char`."""
 
+import dataclasses
 from typing import Any
 
 from absl import flags
@@ -114,7 +115,8 @@ def evaluate_jax(is_int8: bool) -> tuple[float, int, Vocabulary]:
         config, vocabulary = source.config, source.vocabulary
         is_workdir = sources.recognise(MODEL.value) == "workdir"
         quantized = source.qat and FORWARD.value == "trained" and is_workdir
-        network, variables = GPT(config, source.quant, "train" if quantized else "float"), {"params": source.params}
+        quant = dataclasses.replace(source.quant, backward_bits=None)  # there are no gradients to round
+        network, variables = GPT(config, quant, "train" if quantized else "float"), {"params": source.params}
     tokens = open_tokens(config.block_size, vocabulary)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), BATCH_SIZE, jax.devices()[:1])
     evaluator = Evaluator(network.apply, mesh, config.block_size, BATCH_SIZE)
