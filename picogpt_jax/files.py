@@ -16,6 +16,7 @@ from picogpt_jax.errors import UserError
 
 LOCK_FILE = ".lock"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_BEYOND = 1 << 13  # bytes: more than is left in a page of a file
 
 
 def disk_failure(error: BaseException | None) -> str | None:
@@ -48,6 +49,15 @@ def _written(path: Path, make_temporary: Callable[..., Any]) -> Iterator[Any]:
         raise UserError(f"cannot write {path}: {reason}; make room there, or choose another place") from error
 
 
+def _check_room(file: Path) -> None:
+    """Writes beyond the end, and cuts it off: `ndarray.tofile` and C's streams lose their last bytes without a word."""
+    size = file.stat().st_size
+    with file.open("ab") as stream:
+        stream.write(bytes(_BEYOND))
+        stream.flush()
+        stream.truncate(size)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` when the block ends without an exception.
@@ -63,6 +73,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
+            _check_room(temporary)
             temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:

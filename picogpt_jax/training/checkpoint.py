@@ -21,6 +21,7 @@ from absl import logging
 
 from picogpt_jax.devices.distributed import is_first, is_lost, together
 from picogpt_jax.errors import UserError
+from picogpt_jax.files import disk_failure
 from picogpt_jax.training import integrity, orbax_io
 
 FOLDER = "checkpoints"
@@ -154,7 +155,7 @@ class Checkpoints:
         if is_lost(error):
             return error
         kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
-        reason = _shortened(error)
+        reason = disk_failure(error) or _shortened(error)
         return UserError(
             f"cannot save step {self._saving} in {self.folder}: {reason}; {kept}. Make room or give the folder back, "
             "and start again with the same command"
