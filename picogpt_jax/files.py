@@ -8,13 +8,54 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from picogpt_jax.errors import UserError
 
 LOCK_FILE = ".lock"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_BEYOND = 1 << 13  # bytes: more than is left in a page of a file
+
+
+def disk_failure(error: BaseException | None) -> str | None:
+    """What the system says where an exception comes from a full or failing disk; libraries wrap it, or quote it."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno is None and " requested and " in text:  # np.ndarray.tofile
+            return os.strerror(errno.ENOSPC)
+        for number in _DISK_ERRORS:
+            if os.strerror(number) in text:
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _written(path: Path, make_temporary: Callable[..., Any]) -> Iterator[Any]:
+    """What `make_temporary` makes beside `path`; what goes wrong with the disk in the block is a `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = make_temporary(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+    try:
+        yield temporary
+    except Exception as error:
+        reason = disk_failure(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}; make room there, or choose another place") from error
+
+
+def _check_room(file: Path) -> None:
+    """Writes beyond the end, and cuts it off: `ndarray.tofile` and C's streams lose their last bytes without a word."""
+    size = file.stat().st_size
+    with file.open("ab") as stream:
+        stream.write(bytes(_BEYOND))
+        stream.flush()
+        stream.truncate(size)
 
 
 @contextlib.contextmanager
@@ -22,24 +63,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` when the block ends without an exception.
 
     Raises:
-        UserError: `path` is a folder, or the folder around it cannot be made or written.
+        UserError: `path` is a folder, the folder around it cannot be made or written, or the disk is full.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; a file is written there: choose another path")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _written(path, tempfile.mkstemp) as (descriptor, name):
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _check_room(temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -49,31 +87,28 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     An existing `path` must be a folder that an earlier call wrote: it is replaced as a whole.
 
     Raises:
-        UserError: `path` is a file, or its parent cannot be written.
+        UserError: `path` is a file, its parent cannot be written, or the disk is full.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; a folder is written there: choose another path")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes files for their owner alone
-        if path.exists():
-            discarded = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, discarded / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(discarded)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _written(path, tempfile.mkdtemp) as name:
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors writes files for their owner alone
+            if path.exists():
+                discarded = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, discarded / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(discarded)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_replaceable(folder: str | os.PathLike[str], names: Collection[str]) -> None:

@@ -1,17 +1,26 @@
+import contextlib
+import errno
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from tiny import VOCABULARY, tiny_config
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, locked, read_json, write_json
+from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, disk_failure, locked, read_json, write_json
+from picogpt_jax.formats import huggingface
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization, save_int8_model
 
 
 def names(folder: Path) -> list[str]:
@@ -60,6 +69,118 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
         _ = 1 / 0
     assert names(target) == ["kept"]
     assert names(tmp_path) == ["model"]
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may be larger than `room` bytes; what writes more fails as on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def int8_model(extra: int) -> Int8Model:
+    """Of random codes; `extra` makes the model another one."""
+    config = tiny_config(model__n_embd=64, model__bias=True).model
+    matrices = {
+        name: Int8Tensor(np.full(shape, extra, np.int8), np.ones((shape[0], 1), np.float32))
+        for name, shape in config.matrix_shapes().items()
+    }
+    return Int8Model(
+        model=config,
+        quantization=Quantization(weight_granularity="per_channel", activation_bits=8),
+        training={},
+        vocabulary=VOCABULARY,
+        matrices=matrices,
+        vectors={name: np.ones(shape, np.float32) for name, shape in config.vector_shapes().items()},
+    )
+
+
+def save_huggingface(model: Int8Model, path: Path) -> None:
+    huggingface.save_huggingface(model.model, huggingface.dequantized(model), model.vocabulary, path)
+
+
+def save_torch(model: Int8Model, path: Path) -> None:
+    from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
+
+    arrays = huggingface.dequantized(model)
+    save_float_checkpoint(
+        model.model, arrays, path, iter_num=0, best_val_loss=1.0, config={}, vocabulary=model.vocabulary
+    )
+
+
+def save_torch_int8(model: Int8Model, path: Path) -> None:
+    from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
+
+    save_int8_checkpoint(model, path)
+
+
+def save_onnx(model: Int8Model, path: Path) -> None:
+    from picogpt_jax.formats.onnx_export import save_onnx
+
+    save_onnx(model, path)
+
+
+def save_gguf(model: Int8Model, path: Path) -> None:
+    from picogpt_jax.formats.gguf_export import save_gguf
+
+    save_gguf(model, path)
+
+
+def save_ids(model: Int8Model, path: Path) -> None:
+    """Only the last bytes do not fit, which NumPy does not notice."""
+    with atomic_path(path) as temporary:
+        np.full(5_050, model.matrices["transformer.wpe"].codes[0, 0], np.uint16).tofile(temporary)
+
+
+def save_text(model: Int8Model, path: Path) -> None:
+    write_json(path, [int(model.matrices["transformer.wpe"].codes[0, 0])] * 30_000)
+
+
+WRITERS: dict[str, tuple[Callable[[Int8Model, Path], None], str | None]] = {  # and the package that is needed
+    "int8": (save_int8_model, None),
+    "huggingface": (save_huggingface, None),
+    "torch": (save_torch, "torch"),
+    "torch-int8": (save_torch_int8, "torch"),
+    "onnx": (save_onnx, "onnx"),
+    "gguf": (save_gguf, "gguf"),
+    "ids": (save_ids, None),
+    "json": (save_text, None),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, name: str) -> None:
+    write, package = WRITERS[name]
+    if package:
+        pytest.importorskip(package)
+    target = tmp_path / "model"
+
+    def content() -> dict[str, bytes]:
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
+
+    write(int8_model(1), target)
+    before = content()
+    with pytest.raises(UserError) as caught, full_disk(10_000):
+        write(int8_model(2), target)
+    assert re.fullmatch(
+        rf"cannot write {target}: (File too large|No space left on device); make room there, or choose another place",
+        str(caught.value),
+    )
+    assert content() == before
+    write(int8_model(2), target)
+    assert content() != before, "a control"
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is() -> None:
+    assert disk_failure(ValueError("no space")) is None
+    assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
+    quoted = RuntimeError("I/O error: No space left on device (os error 28)")
+    assert disk_failure(quoted) == "No space left on device"
 
 
 def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device={device}: JAX finds none ({reason}); use --device=cpu or --device=auto") from None
+    except (RuntimeError, AssertionError) as error:  # the second where no driver of a GPU is installed
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UserError(f"--device={device}: JAX finds none here{reason}; use --device=cpu or --device=auto") from None
 
 
 def _only_cpu() -> bool:

@@ -196,19 +196,19 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     import jax
 
     from picogpt_jax.model import layers
-    from picogpt_jax.training.checkpoint import IMPORTED, Checkpoints
+    from picogpt_jax.training.checkpoint import IMPORTED, restore_best
     from picogpt_jax.training.trainer import Trainer
 
-    with Checkpoints(path) as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"{path} holds no finished checkpoint yet; train until the first evaluation")
-        meta = checkpoints.meta(step)
+    def abstract_state(meta: dict[str, Any]) -> Any:
         run = Config.from_dict(meta["config"])
         mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
         plain = dataclasses.replace(run.train, attention="plain")  # the run's kernel may be of another device
-        trainer = Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1])
-        state = checkpoints.restore(trainer.abstract_state, step).state
+        return Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1]).abstract_state
+
+    restored = restore_best(path, abstract_state)
+    if restored is None:
+        raise UserError(f"{path} holds no finished checkpoint yet; train until the first evaluation")
+    step, meta, run = restored.step, restored.meta, Config.from_dict(restored.meta["config"])
     imported = meta.get(IMPORTED)
     vocabulary = vocabulary_from_json(meta["vocab"], f"the checkpoint of {path}")
     if isinstance(vocabulary, TokenIds) and (Path(path) / TOKENIZER_FILE).is_file():
@@ -217,7 +217,7 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
         config=run.model,
         run=run,
         quant=run.quant,
-        params=layers.unstack(state.params),
+        params=layers.unstack(restored.state.params),
         vocabulary=vocabulary,
         step=imported["step"] if imported else step,
         val_loss=meta["val_loss"],

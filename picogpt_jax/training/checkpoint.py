@@ -10,6 +10,7 @@ its own devices.
 import dataclasses
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,13 @@ from absl import logging
 
 from picogpt_jax.devices.distributed import is_first, is_lost, together
 from picogpt_jax.errors import UserError
+from picogpt_jax.files import disk_failure
 from picogpt_jax.training import integrity, orbax_io
 
 FOLDER = "checkpoints"
 # In `meta` of a step 0 that was not trained here: {"step", "quantization_aware"} of the model it came from.
 IMPORTED = "imported"
+_TRIES, _SECONDS = 20, 1.0  # to read what a training replaces; how long a removal may take
 # What fails in the machine, and says nothing about the files.
 _PASSING = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT)
 
@@ -54,14 +57,14 @@ class Checkpoints:
         self.folder = (Path(workdir) / FOLDER).absolute()
         if keep is None and not self.folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoints; expected a workdir that scripts/train.py has written")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {workdir}: {error.strerror}; give another --workdir") from None
         if keep is None:
             integrity.check_metrics(self.folder, remove=False)
         else:
             with together():
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise UserError(f"cannot write to {workdir}: {error.strerror}; give another --workdir") from None
                 if is_first():
                     integrity.check_metrics(self.folder, remove=True)
         self._keep, self._write_bytes = keep, orbax_io.WRITE_BYTES
@@ -82,7 +85,7 @@ class Checkpoints:
         except Exception:
             if error is None:
                 raise
-            logging.exception("a checkpoint was not finished, after another error")
+            logging.info("a checkpoint was not finished, after another error", exc_info=True)
 
     @property
     def steps(self) -> list[int]:
@@ -105,7 +108,7 @@ class Checkpoints:
         self._admit(state)
         sealed = integrity.seal(meta, integrity.manifest(state))
         metrics = None if val_loss is None else integrity.metrics(val_loss)
-        last, self._saving = self._last(), step
+        last, self._saving = newest_step(self.folder.parent), step
         try:
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"{self.folder} has vanished")
@@ -145,19 +148,14 @@ class Checkpoints:
                 raise FileNotFoundError(f"{self.folder / str(saving)} has vanished")
         except Exception as error:
             self._saving = saving
-            raise self._cannot_save(error, self._last()) from error
-
-    def _last(self) -> int | None:
-        """The newest step on the disk."""
-        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
-        return max(steps, default=None)
+            raise self._cannot_save(error, newest_step(self.folder.parent)) from error
 
     def _cannot_save(self, error: Exception, last: int | None) -> Exception:
         """What a failed save means to the user; TensorStore, Orbax and the system raise many types."""
         if is_lost(error):
             return error
         kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
-        reason = _shortened(error)
+        reason = disk_failure(error) or _shortened(error)
         return UserError(
             f"cannot save step {self._saving} in {self.folder}: {reason}; {kept}. Make room or give the folder back, "
             "and start again with the same command"
@@ -235,6 +233,49 @@ class Checkpoints:
         """What was stored beside the state: config, vocabulary, losses."""
         self.wait()
         return self._sealed(step)[0]
+
+
+def restore_best(
+    workdir: str | os.PathLike[str], abstract_state_of: Callable[[dict[str, Any]], Any]
+) -> Restored | None:
+    """The best checkpoint; None where there is none. A training may write to the workdir meanwhile.
+
+    Args:
+        abstract_state_of: as in `Checkpoints.restore_latest`.
+
+    Raises:
+        UserError: it is damaged, or does not fit.
+    """
+    for _ in range(_TRIES):
+        before = _steps(workdir)
+        try:
+            with Checkpoints(workdir) as checkpoints:
+                step = checkpoints.best_step()
+                return None if step is None else checkpoints._restore(abstract_state_of, step)
+        except Exception:  # whatever Orbax raises when a training removes what is being read
+            if not _changes(workdir, before):
+                raise
+    raise UnreadableError(f"the checkpoints of {workdir} are replaced faster than they can be read; try again later")
+
+
+def _changes(workdir: str | os.PathLike[str], before: set[int]) -> bool:
+    """Whether there are other steps now; a removal takes a while."""
+    end = time.monotonic() + _SECONDS
+    while _steps(workdir) == before:
+        if time.monotonic() > end:
+            return False
+        time.sleep(_SECONDS / 20)
+    return True
+
+
+def newest_step(workdir: str | os.PathLike[str]) -> int | None:
+    """The newest step on the disk."""
+    return max(_steps(workdir), default=None)
+
+
+def _steps(workdir: str | os.PathLike[str]) -> set[int]:
+    folder = Path(workdir) / FOLDER
+    return {int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()}
 
 
 def _check_passing(error: Exception, where: Path) -> None:

@@ -168,7 +168,8 @@ def check_metrics(folder: Path, remove: bool) -> None:
         try:
             val_loss(read_json(path))
         except (UserError, KeyError, TypeError) as error:
-            damaged[path.parents[1]] = error
+            if path.exists():  # else a training has just removed it
+                damaged[path.parents[1]] = error
     if not damaged:
         return
     reasons = "; ".join(f"checkpoint {step} is damaged: {error}" for step, error in damaged.items())

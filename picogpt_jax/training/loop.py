@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -91,8 +91,10 @@ def train(
         UserError: data, workdir or configuration do not fit, or the loss stopped being finite.
     """
     workdir = Path(workdir)
-    trainer = Trainer(config)
-    distributed.check_mesh(trainer.mesh)
+    distributed.require_same("configuration", json.dumps([config.to_dict(), vocabulary.to_json()]))
+    with distributed.together():  # a mistake of the configuration's is every process's
+        trainer = Trainer(config)
+        distributed.check_mesh(trainer.mesh)
     with contextlib.ExitStack() as stack:
         with distributed.together():
             tokens: dict[Split, Tokens] = {
@@ -101,26 +103,30 @@ def train(
                 )
                 for split in typing.get_args(Split)
             }
-            check_resumable(workdir, config, vocabulary, resume)
+            fingerprints = [split.fingerprint() for split in tokens.values()]
+            changes = check_resumable(workdir, config, vocabulary, resume, fingerprints)
             if distributed.is_first():
                 stack.enter_context(locked(workdir, "training in"))
-        same = [config.to_dict(), vocabulary.to_json(), [split.fingerprint() for split in tokens.values()]]
-        distributed.require_same("configuration or data set", json.dumps(same))
-        return _train(config, vocabulary, workdir, trainer, tokens)
+        distributed.require_same("data set", json.dumps(fingerprints))
+        return _train(config, vocabulary, workdir, trainer, tokens, changes)
 
 
 def _train(
-    config: Config, vocabulary: Vocabulary, workdir: Path, trainer: Trainer, tokens: dict[Split, Tokens]
+    config: Config, vocabulary: Vocabulary, workdir: Path, trainer: Trainer, tokens: dict[Split, Tokens], changes: str
 ) -> Result:
     with (
         checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
         _disk_errors(workdir, checkpoints),
         StopSignal() as stop,
+        contextlib.ExitStack() as stack,
     ):
         state, first, best, resume_step = begin(trainer, checkpoints, workdir)
         val_loss, stopped_by = None, 0
         with distributed.together():
-            if distributed.is_first():
+            is_first = distributed.is_first()
+            writer = MetricsWriter(workdir, config.log, config.to_dict(), resume_step, changes, enabled=is_first)
+            stack.enter_context(writer)
+            if is_first:
                 write_json(workdir / "config.json", config.to_dict())
                 vocabulary.save(workdir / "vocab.json")
 
@@ -128,46 +134,53 @@ def _train(
             meta = {
                 "config": config.to_dict(),
                 "vocab": vocabulary.to_json(),
+                "data": [split.fingerprint() for split in tokens.values()],
                 "val_loss": val_loss,
                 "best_val_loss": best,
             }
             checkpoints.save(step, state, meta, val_loss if ranked else None)
 
-        batches = Batches(config, tokens["train"], trainer.mesh)
         evaluators: dict[Mode, Evaluator] = {}
         max_windows = config.train.eval_iters * config.train.batch_size
         unit, tokens_a_unit = vocabulary.bits_unit(tokens["val"].ids[:TOKENS_COUNTED])
-        with (
-            MetricsWriter(workdir, config.log, config.to_dict(), resume_step, enabled=distributed.is_first()) as writer,
-            ProgressBar(config.train.max_iters, first, enabled=distributed.is_first()) as progress,
-        ):
+
+        def evaluate(step: int) -> float:
+            """Writes the loss of the forward pass that the step before had, an untrained model's float one; saves."""
+            nonlocal best
+            mode = trainer.mode_at(step - 1)
+            evaluator = evaluators.setdefault(mode, trainer.evaluator(mode))
+            val_loss = evaluator.loss(state.params, tokens["val"].ids, max_windows)
+            if not math.isfinite(val_loss):
+                _stop_not_finite(f"the validation loss of step {step}", config, workdir, checkpoints)
+            writer.write(step, "val", {"loss": val_loss, unit: val_loss / math.log(2) * tokens_a_unit})
+            # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
+            ranked = mode == trainer.mode_at(config.train.max_iters - 1)
+            best = min(best, val_loss) if ranked else best
+            save(step, val_loss, ranked)
+            return val_loss
+
+        batches = Batches(config, tokens["train"], trainer.mesh)
+        with ProgressBar(config.train.max_iters, first, enabled=is_first) as progress:
             log = TrainLog(config, writer, progress, trainer.mesh)
             signals = distributed.Largest()  # one process's signal stops all of them after the same step
             step = first
             for start, step in dispatches(config, first):
-                mode = trainer.mode_at(start)
-                state, metrics = trainer.steps(state, batches.corpus, batches(start, step), mode)
-                evaluate = step % config.train.eval_interval == 0 or step == config.train.max_iters
+                state, metrics = trainer.steps(state, batches.corpus, batches(start, step), trainer.mode_at(start))
+                is_evaluated = step % config.train.eval_interval == 0 or step == config.train.max_iters
                 stopped_by = signals(stop.received or 0)  # asked once: a signal after this ends the next dispatch
-                log.enqueue(start, step, metrics, flush=evaluate or bool(stopped_by))
+                log.enqueue(start, step, metrics, flush=is_evaluated or bool(stopped_by))
                 checkpoints.check()
                 if log.failed_step is not None:
-                    _stop_not_finite(f"the loss of step {log.failed_step}", workdir, checkpoints)
-                if evaluate:
+                    _stop_not_finite(f"the loss of step {log.failed_step}", config, workdir, checkpoints)
+                if is_evaluated:
                     began = time.perf_counter()
-                    evaluator = evaluators.setdefault(mode, trainer.evaluator(mode))
-                    val_loss = evaluator.loss(state.params, tokens["val"].ids, max_windows)
-                    if not math.isfinite(val_loss):
-                        _stop_not_finite(f"the validation loss of step {step}", workdir, checkpoints)
-                    writer.write(step, "val", {"loss": val_loss, unit: val_loss / math.log(2) * tokens_a_unit})
-                    # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
-                    ranked = mode == trainer.mode_at(config.train.max_iters - 1)
-                    best = min(best, val_loss) if ranked else best
-                    save(step, val_loss, ranked)
+                    val_loss = evaluate(step)
                     log.exclude(time.perf_counter() - began)
                 if stopped_by:
                     save(step, None)  # unless the evaluation has just saved it
                     break
+            if config.train.max_iters == 0 and resume_step is None:
+                val_loss = evaluate(0)
     finished = step >= config.train.max_iters
     return Result(step=step, val_loss=val_loss, best_val_loss=best, stopped_by=None if finished else stopped_by)
 
@@ -254,11 +267,21 @@ def _is_ready(array: Any) -> bool:
     return jax.process_count() == 1 and bool(array.is_ready())  # jax.Array has it; its type stub has not
 
 
-def _stop_not_finite(what: str, workdir: Path, checkpoints: checkpoint.Checkpoints) -> None:
+def _stop_not_finite(what: str, config: Config, workdir: Path, checkpoints: checkpoint.Checkpoints) -> NoReturn:
     checkpoints.wait()
     steps = checkpoints.steps
     last = f"the last good checkpoint is step {steps[-1]} in {workdir}" if steps else "no checkpoint had been written"
-    raise distributed.AgreedError(
-        f"{what} is not finite; {last}; lower optimizer.learning_rate, set optimizer.grad_clip, "
-        "or use train.dtype=float32"
-    )
+    raise distributed.AgreedError(f"{what} is not finite; {last}. {_calmer(config)}")
+
+
+def _calmer(config: Config) -> str:
+    """The flags with which to start again: `training.resume` lets them change."""
+    rate, floor = config.optimizer.learning_rate, config.optimizer.min_lr
+    flags = [f"--config.optimizer.learning_rate={rate / 2:g}"]
+    flags += [f"--config.optimizer.min_lr={rate / 2:g}"] if rate / 2 < floor else []
+    text = f"Start again with the same command and {' '.join(flags)}"
+    if not config.optimizer.grad_clip:
+        text += ", or --config.optimizer.grad_clip=1"
+    if config.train.dtype != "float32":
+        text += ", or --config.train.dtype=float32"
+    return text

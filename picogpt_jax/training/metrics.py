@@ -25,6 +25,7 @@ Event = dict[str, Any]
 Sink = Callable[[int, str, Mapping[str, float]], None]
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_SECONDS = 20  # to reach W&B's server, where WANDB_INIT_TIMEOUT does not say it
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is a file or a pipe
 # name -> its label and format on the console; a metric that is not named here is shown as `name 1.234`
 CONSOLE = {
@@ -50,6 +51,7 @@ class MetricsWriter:
         log: which mirrors to write beside `metrics.jsonl`.
         config_dict: `Config.to_dict()`; W&B shows it.
         resume_step: the step of the restored checkpoint; None for a new run, which starts an empty file.
+        changes: what the resumed run changes of what it learns; an event of the split "resume" says it.
         enabled: False makes every call do nothing, for the processes of a multi-host run that are not the first.
 
     Raises:
@@ -62,6 +64,7 @@ class MetricsWriter:
         log: LogConfig,
         config_dict: Mapping[str, Any],
         resume_step: int | None = None,
+        changes: str = "",
         *,
         enabled: bool = True,
     ) -> None:
@@ -69,6 +72,7 @@ class MetricsWriter:
         self._log = log
         self._config_dict = config_dict
         self._resume_step = resume_step
+        self._changes = changes
         self._enabled = enabled
         self._sinks: list[Sink] = []
         self._open_sinks = contextlib.ExitStack()
@@ -96,7 +100,7 @@ class MetricsWriter:
             yield _tensorboard(self._workdir, self._resume_step)
         if self._log.wandb:
             yield _wandb(self._workdir, self._log.wandb_project, self._config_dict, self._resume_step)
-        yield _json_lines(self._workdir / METRICS_FILE, self._resume_step)
+        yield _json_lines(self._workdir / METRICS_FILE, self._resume_step, self._changes)
         yield contextlib.nullcontext(_console(self._config_dict["train"]["max_iters"]))
 
 
@@ -132,8 +136,9 @@ def _is_event(event: Any) -> bool:
     if not isinstance(event, dict):
         return False
     values = dict(event)
-    step, split = values.pop("step", None), values.pop("split", None)
-    return type(step) is int and step >= 0 and isinstance(split, str) and all(map(_is_number_or_null, values.values()))
+    step, split, changes = values.pop("step", None), values.pop("split", None), values.pop("changes", "")
+    has_names = type(step) is int and step >= 0 and isinstance(split, str) and isinstance(changes, str)
+    return has_names and all(map(_is_number_or_null, values.values()))
 
 
 def _is_number_or_null(value: Any) -> bool:
@@ -141,9 +146,10 @@ def _is_number_or_null(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _json_lines(path: Path, resume_step: int | None) -> Iterator[Sink]:
+def _json_lines(path: Path, resume_step: int | None, changes: str) -> Iterator[Sink]:
     resumed = resume_step is not None and path.exists()
     kept = [event for event in read_metrics(path) if event["step"] <= resume_step] if resumed else []
+    kept += [{"step": resume_step, "split": "resume", "changes": changes}] if changes else []
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
     with path.open("a", encoding="utf-8", buffering=1) as file:  # a line is on its way to the disk once it is complete
@@ -199,7 +205,16 @@ def _wandb(workdir: Path, project: str, config_dict: Mapping[str, Any], resume_s
             temporary.write_text(secrets.token_hex(8), encoding="utf-8")
     run_id = id_file.read_text(encoding="utf-8")
     settings = dict(project=project, name=workdir.resolve().name, dir=str(workdir), config=dict(config_dict))
-    with wandb.init(id=run_id, resume="allow", **settings) as run:
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", str(WANDB_SECONDS))
+    try:
+        run = wandb.init(id=run_id, resume="allow", **settings)
+    except Exception as error:  # of wandb's own kinds, and of what it asks
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"log.wandb=True: W&B does not take the run: {reason}; set WANDB_API_KEY, or WANDB_MODE=offline, or "
+            f"--config.log.wandb_project (now {project!r}), or --config.log.wandb=False"
+        ) from error
+    with run:
         # W&B's own step may not go back, and a resumed run repeats steps: so the step is a metric, the others' axis.
         run.define_metric("*", step_metric="step")
 

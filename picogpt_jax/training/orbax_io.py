@@ -3,12 +3,13 @@
 All processes save together. Each reads by itself: one that finds damage would not come to where the others wait.
 """
 
+import atexit
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -134,14 +135,17 @@ def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
 
 def silence_background_errors() -> None:
     """For a program: leaves out what Orbax and TensorStore print about a failed save, which `Checkpoints` raises."""
-    logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
-    hook = sys.excepthook
+    noisy = ("/orbax/", "/asyncio/")
+    logging.get_absl_handler().addFilter(lambda record: not any(name in record.pathname for name in noisy))
+    hook = sys.unraisablehook
 
-    def without_closed_loops(kind: Any, error: BaseException, traceback: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):  # of a write that comes back too late
-            hook(kind, error, traceback)
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # of a write that comes back too late
+            hook(unraisable)
 
-    sys.excepthook = without_closed_loops
+    sys.unraisablehook = without_closed_loops
+    # TensorStore goes on when the interpreter has lost its hooks. 2 is stderr.
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:

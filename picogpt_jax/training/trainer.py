@@ -70,7 +70,6 @@ def backward_dtype(name: str, dtype: jnp.dtype, platform: str) -> jnp.dtype | No
     Args:
         dtype, platform: the compute type, and the kind of the devices.
     """
-    # Whatever their configurations say, which are compared only later.
     is_fast = platform == "cpu" and bool(multihost_utils.broadcast_one_to_all(np.int32(has_bfloat16())))
     is_rounded = dtype == jnp.float32 and (name == "bfloat16" or (name == "auto" and is_fast))
     return jnp.dtype("bfloat16") if is_rounded else None

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from picogpt_jax.devices import setup
+from picogpt_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,18 @@ def test_a_tpu_compiler_without_a_tpu_is_not_asked_for_devices(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(nodes if folder == Path("/dev") else []))
     assert setup._only_cpu() is expected
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(AssertionError(), ""), (RuntimeError("Unable to initialize backend\nmore"), " (Unable to initialize backend)")],
+)
+def test_a_device_that_is_not_there_is_named(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise error
+
+    monkeypatch.setattr(setup.jax, "devices", none)
+    monkeypatch.setattr(setup.jax.config, "update", lambda *_: None)
+    with pytest.raises(UserError) as caught:
+        setup.set_up_jax("gpu")
+    assert str(caught.value) == f"--device=gpu: JAX finds none here{reason}; use --device=cpu or --device=auto"

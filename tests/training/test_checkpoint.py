@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from picogpt_jax.config import MeshConfig
 from picogpt_jax.devices.sharding import make_mesh, replicated
 from picogpt_jax.errors import UserError
-from picogpt_jax.training import orbax_io
-from picogpt_jax.training.checkpoint import Checkpoints, abstract
+from picogpt_jax.training import checkpoint, orbax_io
+from picogpt_jax.training.checkpoint import Checkpoints, abstract, restore_best
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MESH = make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), batch_size=4)
@@ -195,6 +195,34 @@ def test_a_reader_names_the_damaged_checkpoint_and_leaves_it(workdir: Path, dama
     with pytest.raises(UserError, match=rf"checkpoint {newest} is damaged"), Checkpoints(workdir) as checkpoints:
         checkpoints.restore(ABSTRACT, 2)
     assert files(workdir) == before
+
+
+@pytest.mark.parametrize("read", ["read_meta", "read_state", "open_manager"])
+def test_a_reader_beside_a_training_takes_the_checkpoint_that_is_there_now(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    """The training saves a better one and removes the rest while they are read."""
+    function, replaced = getattr(orbax_io, read), []
+
+    def beside_a_training(*arguments: Any) -> Any:
+        if not replaced:
+            replaced.append(arguments)
+            save(workdir, {3: 0.5}, keep=1)
+        return function(*arguments)
+
+    monkeypatch.setattr(orbax_io, read, beside_a_training)
+    restored = restore_best(workdir, lambda _: ABSTRACT)
+    assert restored is not None
+    assert replaced
+    assert restored.step == 3
+    np.testing.assert_array_equal(restored.state["kernel"], state(3)["kernel"])
+
+
+def test_a_damaged_best_checkpoint_stays_damaged(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_SECONDS", 0.1)
+    DAMAGES["the arrays are cut"](workdir / "checkpoints" / "2")
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged"):
+        restore_best(workdir, lambda _: ABSTRACT)
 
 
 def test_damaged_meta_data_are_named(workdir: Path) -> None:

@@ -23,6 +23,7 @@ from tiny import VOCABULARY, same, tiny_config
 
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError
+from picogpt_jax.formats.sources import load_float
 from picogpt_jax.text.reading import load_vocabulary
 from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training import loop as train_module
@@ -30,7 +31,8 @@ from picogpt_jax.training import trainer as trainer_module
 from picogpt_jax.training.checkpoint import Checkpoints
 from picogpt_jax.training.evaluate import Evaluator
 from picogpt_jax.training.loop import Result, dispatches, train
-from picogpt_jax.training.metrics import MetricsWriter
+from picogpt_jax.training.metrics import MetricsWriter, read_metrics
+from picogpt_jax.training.resume import NOTED_ON_RESUME
 from picogpt_jax.training.trainer import StepMetrics, Trainer, TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
@@ -144,6 +146,28 @@ def test_nothing_happens_when_there_is_nothing_left_to_do(finished: Run, workdir
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_no_steps_are_an_evaluation_and_a_checkpoint(finished: Run, tmp_path: Path) -> None:
+    result = train(longer(finished.config, 0), VOCABULARY, tmp_path)
+    assert result.val_loss == result.best_val_loss == events(tmp_path, "val")[0]
+    assert result.val_loss == pytest.approx(np.log(VOCABULARY.size), rel=0.2)
+    source = load_float(tmp_path)
+    assert (source.step, source.val_loss, source.qat) == (0, result.val_loss, False), "nothing is trained yet"
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert train(longer(finished.config, 0), VOCABULARY, tmp_path).best_val_loss == result.val_loss
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert train(longer(finished.config, 4), VOCABULARY, tmp_path).step == 4
+    assert events(tmp_path, "train") == {
+        step: loss for step, loss in events(finished.workdir, "train").items() if step < 5
+    }
+
+
+def test_fewer_steps_than_were_made_are_refused_and_nothing_changes(finished: Run, workdir: Path) -> None:
+    stored = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds step 8 already, train\.max_iters=6 is less; give at least --con"):
+        train(longer(finished.config, 6), VOCABULARY, workdir)
+    assert (workdir / "config.json").read_bytes() == stored
+
+
 def test_a_text_too_large_for_the_device_gives_the_same_parameters(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,10 +251,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, before: int | None = None, after: in
     [
         (
             dict(before=4),
-            r"the loss of step 5 is not finite; the last good checkpoint is step 4 in .*; lower optimizer",
+            r"the loss of step 5 is not finite; the last good checkpoint is step 4 in .*\. Start again with the same",
         ),
         (dict(after=8), r"the validation loss of step 8 is not finite; the last good checkpoint is step 4 in "),
-        (dict(before=0), r"the loss of step 1 is not finite; no checkpoint had been written; lower optimizer\.learn"),
+        (dict(before=0), r"the loss of step 1 is not finite; no checkpoint had been written\. Start again with "),
     ],
 )
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -243,6 +267,50 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert events(tmp_path, "val") == kept, "no NaN counts as a validation"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == list(kept)
+
+
+def advised(message: str) -> list[dict[str, Any]]:
+    """The alternatives of the message, as changes for `tiny_config`."""
+    alternatives = message.split(" the same command and ")[1].split(", or ")
+    pairs = [[flag.removeprefix("--config.").split("=") for flag in text.split()] for text in alternatives]
+    return [
+        {key.replace(".", "__"): value if key == "train.dtype" else float(value) for key, value in changes}
+        for changes in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, [{"optimizer__learning_rate"}]),
+        (dict(optimizer__min_lr=2e-2), [{"optimizer__learning_rate", "optimizer__min_lr"}]),
+        (
+            dict(optimizer__grad_clip=0.0, train__dtype="bfloat16"),
+            [{"optimizer__learning_rate"}, {"optimizer__grad_clip"}, {"train__dtype"}],
+        ),
+    ],
+)
+def test_the_advice_after_a_loss_that_is_not_finite_is_a_configuration(
+    changes: dict[str, Any], keys: list[set[str]]
+) -> None:
+    alternatives = advised(train_module._calmer(tiny_config(**changes)))
+    assert [set(alternative) for alternative in alternatives] == keys
+    for alternative in alternatives:
+        assert tiny_config(**changes | alternative) != tiny_config(**changes)
+        assert {key.replace("__", ".") for key in alternative} <= NOTED_ON_RESUME
+
+
+def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(
+    finished: Run, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, before=4)
+        with pytest.raises(UserError, match="is not finite") as caught:
+            train(finished.config, VOCABULARY, tmp_path)
+    (changes,) = advised(str(caught.value))
+    assert train(tiny_config(data_dir, **changes), VOCABULARY, tmp_path, resume=True).step == 8
+    notes = [event for event in read_metrics(tmp_path / "metrics.jsonl") if event["split"] == "resume"]
+    assert notes == [{"step": 4, "split": "resume", "changes": "optimizer.learning_rate 0.03 -> 0.015"}]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

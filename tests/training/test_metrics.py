@@ -72,6 +72,14 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     assert [event["step"] for event in read_metrics(tmp_path / "metrics.jsonl")] == [0, 0, 1]
 
 
+def test_a_resumed_run_that_learns_otherwise_says_so(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(27))
+    with MetricsWriter(tmp_path, PLAIN, CONFIG, 20, "optimizer.learning_rate 0.03 -> 0.01"):
+        pass
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last == {"step": 20, "split": "resume", "changes": "optimizer.learning_rate 0.03 -> 0.01"}
+
+
 def test_resuming_refuses_a_damaged_file_and_leaves_it_alone(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text("not json\n")
