@@ -49,7 +49,7 @@ def check_layout(found: Layout, expected: Layout) -> None:
     """
     unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if unknown or missing:
-        raise UserError(f"unknown tensors: {_shortened(unknown)}; missing tensors: {_shortened(missing)}")
+        raise UserError(f"unknown tensors: {shortened(unknown)}; missing tensors: {shortened(missing)}")
     for name, (dtype, shape) in expected.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]
@@ -75,10 +75,11 @@ def check_names_occur_once(path: Path) -> None:
         pairs = json.loads(file.read(length), object_pairs_hook=list)
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated:
-        raise UserError(f"tensors stored more than once: {_shortened(repeated)}")
+        raise UserError(f"tensors stored more than once: {shortened(repeated)}")
 
 
-def _shortened(names: Iterable[str], limit: int = 8) -> str:
+def shortened(names: Iterable[str], limit: int = 3) -> str:
+    """The first of these names, for a message of one line."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "none") + more
