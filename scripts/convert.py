@@ -83,19 +83,20 @@ def load_float() -> sources.FloatModel:
 
 
 def to_torch() -> None:
+    from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
     from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
     from picogpt_jax.int8.convert import float_arrays
 
     source = load_float()
-    save_float_checkpoint(
-        source.config,
-        float_arrays(source.config, source.params),
-        OUTPUT.value,
+    checkpoint = FloatCheckpoint(
+        model=source.config,
+        tensors=float_arrays(source.config, source.params),
         iter_num=source.step,
         best_val_loss=source.val_loss if source.val_loss is not None else float("inf"),
         config=source.run.to_dict() if source.run else {},
         vocabulary=source.vocabulary,
     )
+    save_float_checkpoint(checkpoint, OUTPUT.value)
     print(f"wrote {OUTPUT.value}: nanoGPT's float checkpoint of step {source.step:,}")
 
 

@@ -1,4 +1,4 @@
-"""The commands of messages run as they are printed: their scripts, flags, choices and files exist, quoted for a shell."""
+"""The commands of messages run as they are printed: their scripts, flags and choices exist, quoted for a shell."""
 
 import ast
 import re
@@ -49,7 +49,7 @@ def test_no_message_spells_a_command_itself() -> None:
         docstrings = {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                assert not re.search(r"python (scripts|data)/", node.value), f"{path}:{node.lineno}"
+                assert not re.search(r"python (scripts|data)/[a-z]", node.value), f"{path}:{node.lineno}"
 
 
 def test_a_command_is_quoted_and_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

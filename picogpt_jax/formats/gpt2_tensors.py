@@ -57,15 +57,10 @@ class FloatCheckpoint:
 
 
 class Stored(NamedTuple):
-    """A tensor of a file, which is read when it is needed.
+    """A tensor of a file, which is read when it is needed."""
 
-    Attributes:
-        name: in the file.
-        layout: numpy's name of the type that it is read as, and its shape.
-    """
-
-    name: str
-    layout: tuple[str, tuple[int, ...]]
+    name: str  # in the file
+    layout: tuple[str, tuple[int, ...]]  # numpy's name of the type that it is read as, and the shape
     read: Callable[[], np.ndarray]
 
 
@@ -80,14 +75,14 @@ def is_buffer(name: Any) -> bool:
     return isinstance(name, str) and IGNORED.fullmatch(our_name(name)) is not None
 
 
-def by_our_names(*files: Mapping[str, Stored]) -> dict[str, Stored]:
+def renamed(*files: Mapping[str, Stored]) -> dict[str, Stored]:
     """What the files store, under nanoGPT's names and without buffers; a head alone is the table.
 
     Raises:
         UserError: a tensor occurs twice.
     """
     found: dict[str, Stored] = {}
-    for tensor in (tensor for file in files for tensor in file.values() if not is_buffer(tensor.name)):
+    for tensor in (x for file in files for x in file.values() if not is_buffer(x.name)):
         other = found.setdefault(our_name(tensor.name), tensor)
         if other is not tensor:
             raise UserError(f"{other.name} and {tensor.name} are one tensor, stored twice; expected it once")

@@ -1,10 +1,10 @@
 """Reads a Hugging Face GPT-2 folder: config.json and the float tensors, safetensors (sharded or not) or PyTorch's.
 
-The architecture must be ours: what GPT-2's
-code can also do (scores that are not scaled, cross-attention, an untied head) is refused with the reason. No tensor is
-read before the headers agree with config.json; names and types are those of `gpt2_tensors`.
+The architecture must be ours: what GPT-2's code can also do (scores that are not scaled, cross-attention, an untied
+head) is refused with the reason. No tensor is read before the headers agree with config.json.
 """
 
+import dataclasses
 import functools
 import os
 import shlex
@@ -16,10 +16,10 @@ import ml_dtypes  # noqa: F401  (comes with JAX; NumPy then knows bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from picogpt_jax.config import ModelConfig
+from picogpt_jax.config import Activation, ModelConfig
 from picogpt_jax.errors import UserError, errors_in, python_string
 from picogpt_jax.files import read_json
-from picogpt_jax.formats.gpt2_tensors import HEAD, POSITIONS, Stored, by_our_names, is_buffer, read_parameters
+from picogpt_jax.formats.gpt2_tensors import HEAD, POSITIONS, Stored, is_buffer, read_parameters, renamed
 from picogpt_jax.int8.layout import SAFETENSORS_DTYPES, check_names_occur_once, shortened
 
 READ_AS = SAFETENSORS_DTYPES | {"F16": "float32", "BF16": "float32"}
@@ -40,7 +40,12 @@ REQUIRED = {  # key -> (the only value that our model computes, what another one
     "tie_word_embeddings": (True, "a head that is not the token embedding"),
     "quantization_config": (None, "quantized weights"),
 }
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
 
 
 def is_huggingface_folder(path: str | os.PathLike[str]) -> bool:
@@ -70,7 +75,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[
         model = _model(config)
     files = _stored(folder)
     with errors_in(folder):
-        found = by_our_names(*files)
+        found = renamed(*files)
         _check_heads(folder, found)
         return _without_zero_biases(model, read_parameters(model, found, in_by_out=True))
 
@@ -93,25 +98,14 @@ def _model(config: Any) -> ModelConfig:
         mlp_ratio = hidden // width
     else:
         raise UserError(f"n_inner is {hidden!r}; expected a multiple of n_embd={width!r}")
-    return ModelConfig(
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        n_embd=width,
-        block_size=config["n_positions"],
-        vocab_size=config["vocab_size"],
-        mlp_ratio=mlp_ratio,
-        bias=True,
-        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
-        layer_norm_epsilon=config["layer_norm_epsilon"],
-        dropout=config["resid_pdrop"],
-    )
+    same = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "layer_norm_epsilon")}
+    same |= {"block_size": config["n_positions"], "dropout": config["resid_pdrop"]}
+    return ModelConfig(**same, mlp_ratio=mlp_ratio, bias=True, activation=ACTIVATIONS[activation])
 
 
 def _check_heads(folder: Path, found: Mapping[str, Stored]) -> None:
     """Refuses a GPT-2 with another head, such as a classifier's, before its names are called unknown."""
-    heads = sorted(
-        tensor.name for name, tensor in found.items() if not name.startswith("transformer.") and name != HEAD
-    )
+    heads = sorted(found[name].name for name in found if not name.startswith("transformer.") and name != HEAD)
     if heads and POSITIONS in found:
         code = "from transformers import GPT2LMHeadModel as m; "
         code += f"m.from_pretrained({python_string(folder)}).save_pretrained({python_string(f'{folder.name}-lm')})"
@@ -124,28 +118,22 @@ def _check_heads(folder: Path, found: Mapping[str, Stored]) -> None:
 def _stored(folder: Path) -> list[dict[str, Stored]]:
     """What each file of the folder stores."""
     for name, read in ((TENSORS_FILE, _safetensors), (TORCH_FILE, _torch)):
-        if (folder / f"{name}.index.json").is_file():
-            shards = _shards(folder, folder / f"{name}.index.json")
-        elif (folder / name).is_file():
-            shards = {folder / name: None}
-        else:
-            continue
-        files = []
-        for path, names in shards.items():
+        index, files = f"{name}.index.json", []
+        for path, names in _shards(folder, name).items():
             with errors_in(path):
                 files.append(read(path))
-                if names is not None and not all(map(is_buffer, names ^ set(files[-1]))):
-                    raise UserError(
-                        f"it does not hold exactly the tensors that {name}.index.json names; download it again"
-                    )
-        return files
-    raise UserError(
-        f"{folder} has neither {TENSORS_FILE} nor {TORCH_FILE}, nor an index of several; download the weights"
-    )
+                if names and not all(map(is_buffer, names ^ set(files[-1]))):
+                    raise UserError(f"it does not hold exactly the tensors of {index}; download it again")
+        if files:
+            return files
+    raise UserError(f"{folder} has neither {TENSORS_FILE} nor {TORCH_FILE}, nor an index of several; download one")
 
 
-def _shards(folder: Path, index_file: Path) -> dict[Path, set[str] | None]:
-    """The files that hold the tensors, and which tensors each must hold."""
+def _shards(folder: Path, tensors_file: str) -> dict[Path, set[str]]:
+    """The files that hold the tensors, and which tensors each must hold, where there is an index that tells."""
+    index_file = folder / f"{tensors_file}.index.json"
+    if not index_file.is_file():
+        return {folder / tensors_file: set()} if (folder / tensors_file).is_file() else {}
     index = read_json(index_file)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
@@ -155,7 +143,7 @@ def _shards(folder: Path, index_file: Path) -> dict[Path, set[str] | None]:
         if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
             raise UserError(f"{index_file} names the file {str(file)[:80]!r}; expected one of {folder}")
         shards.setdefault(folder / file, set()).add(name)
-    return {**shards}
+    return shards
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
@@ -190,7 +178,4 @@ def _without_zero_biases(
     biases = {name for name in arrays if name.endswith(".bias")}
     if any(arrays[name].tobytes().strip(b"\0") for name in biases):
         return model, arrays
-    return (
-        ModelConfig(**{**vars(model), "bias": False}),
-        {name: array for name, array in arrays.items() if name not in biases},
-    )
+    return dataclasses.replace(model, bias=False), {name: arrays[name] for name in arrays if name not in biases}

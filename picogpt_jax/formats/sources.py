@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
 ONNX_FILE = "model.onnx"
 GGUF_MAGIC = b"GGUF"
+EXPORTS = {"onnx": ("an ONNX folder", "--runtime=onnx"), "gguf": ("a GGUF file", "--runtime=llama.cpp")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ def check_vocabulary(
 
 def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
     """The model of an ONNX folder, ready to run."""
-    _check_export(path, "onnx", "--runtime=onnx takes an ONNX folder", "FOLDER")
+    _check_export(path, "onnx", "FOLDER")
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     return OnnxGPT.load(path)
@@ -159,25 +160,25 @@ def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
 
 def load_gguf(path: str | os.PathLike[str]) -> "LlamaCppGPT":
     """The model of a GGUF file in llama.cpp."""
-    _check_export(path, "gguf", "--runtime=llama.cpp takes a GGUF file", "FILE.gguf")
+    _check_export(path, "gguf", "FILE.gguf")
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     return LlamaCppGPT(path)
 
 
-def _check_export(path: str | os.PathLike[str], expected: Kind, needed: str, output: str) -> None:
-    kind = recognise(path)
+def _check_export(path: str | os.PathLike[str], expected: Kind, output: str) -> None:
+    kind, (what, runtime) = recognise(path), EXPORTS[expected]
     if kind != expected:
         source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
         make = command("scripts/convert.py", input=source, to=expected, output=output)
-        raise UserError(f"{needed}, not {path} ({kind}); make one with: {make}")
+        raise UserError(f"{runtime} takes {what}, not {path} ({kind}); make one with: {make}")
 
 
 def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
     """What an exporter wrote is for one runtime alone."""
-    exports = {"onnx": "an ONNX folder, which --runtime=onnx", "gguf": "a GGUF file, which --runtime=llama.cpp"}
-    if kind in exports:
-        raise UserError(f"{path} is {exports[kind]} runs; here, give the int8 folder that it was made from")
+    if kind in EXPORTS:
+        what, runtime = EXPORTS[kind]
+        raise UserError(f"{path} is {what}, which {runtime} runs; here, give the int8 folder that it was made from")
 
 
 def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:

@@ -13,19 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError, errors_in
-from picogpt_jax.formats.gpt2_tensors import (
-    HEAD,
-    TABLE,
-    FloatCheckpoint,
-    Stored,
-    by_our_names,
-    read_parameters,
-    sizes_of,
-)
+from picogpt_jax.formats.gpt2_tensors import HEAD, TABLE, FloatCheckpoint, Stored, read_parameters, renamed, sizes_of
 from picogpt_jax.formats.torch_file import (
     EXTRA_KEY,
     check_keys,
@@ -43,45 +33,30 @@ from picogpt_jax.text.vocabulary import Vocabulary
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
-# The layer norm of picoGPT and nanoGPT; they know the exact GELU alone, too.
-THEIR_EPSILON = 1e-5
+THEIRS = {"activation": "gelu", "layer_norm_epsilon": 1e-5}  # all that picoGPT and nanoGPT know
 
 
-def save_float_checkpoint(
-    model: ModelConfig,
-    tensors: Mapping[str, np.ndarray],
-    path: str | os.PathLike[str],
-    *,
-    iter_num: int,
-    best_val_loss: float,
-    config: dict[str, Any],
-    vocabulary: Vocabulary,
-) -> None:
-    """Writes nanoGPT's and picoGPT's float `ckpt.pt`, without an optimizer state.
-
-    Args:
-        tensors: float32, nanoGPT's names, matrices [out, in], without the tied `lm_head.weight`, which is added.
-        iter_num: optimizer steps made.
-        best_val_loss: nats per token.
-        config: the training configuration; plain values.
+def save_float_checkpoint(checkpoint: FloatCheckpoint, path: str | os.PathLike[str]) -> None:
+    """Writes nanoGPT's and picoGPT's float `ckpt.pt`, with the tied `lm_head.weight`, without an optimizer state.
 
     Raises:
         UserError: a tensor is unknown, missing or mis-shaped, their code cannot compute the model's activation or
             LayerNorm, or the file cannot be written.
     """
-    check_expressible(model)
-    check_plain("config", config)
-    check_layout(layout_of(tensors), float_layout(model))
-    state = {name: torch.tensor(array) for name, array in tensors.items()}
+    check_expressible(checkpoint.model)
+    check_plain("config", checkpoint.config)
+    check_layout(layout_of(checkpoint.tensors), float_layout(checkpoint.model))
+    state = {name: torch.tensor(array) for name, array in checkpoint.tensors.items()}
     state[HEAD] = state[TABLE]  # one storage, as their tied modules have it
     content = {
         "model": state,
-        "model_args": model_args_of(model),
-        "iter_num": int(iter_num),
-        "best_val_loss": float(best_val_loss),  # a numpy float would need more than plain values to load
-        "config": config,
-        EXTRA_KEY: {"vocabulary": vocabulary.to_json()},
+        "model_args": model_args_of(checkpoint.model),
+        "iter_num": int(checkpoint.iter_num),
+        "best_val_loss": float(checkpoint.best_val_loss),  # a numpy float would need more than plain values to load
+        "config": checkpoint.config,
     }
+    if checkpoint.vocabulary is not None:
+        content[EXTRA_KEY] = {"vocabulary": checkpoint.vocabulary.to_json()}
     save_content(content, path)
 
 
@@ -101,7 +76,7 @@ def load_float_checkpoint(path: str | os.PathLike[str]) -> FloatCheckpoint:
             raise UserError("this is an int8 checkpoint; expected a float one")
         content = {"model_args": {}, "iter_num": 0, "best_val_loss": float("inf"), "config": {}} | content
         check_plain("config", content["config"])
-        found = by_our_names(stored_tensors("model", content["model"], Path(path).stat().st_size))
+        found = renamed(stored_tensors("model", content["model"], Path(path).stat().st_size))
         model = model_from_args(content["model_args"], found, path)
         return FloatCheckpoint(
             model=model,
@@ -114,11 +89,7 @@ def load_float_checkpoint(path: str | os.PathLike[str]) -> FloatCheckpoint:
 
 
 def model_from_args(model_args: Any, found: Mapping[str, Stored], path: str | os.PathLike[str]) -> ModelConfig:
-    """The architecture of `model_args`, completed by the tensors.
-
-    Args:
-        found: by nanoGPT's names.
-        path: of the file, for messages.
+    """The architecture of `model_args`, completed by the tensors `found`; `path` is for messages.
 
     Raises:
         UserError: a key is unknown, `n_head` is missing, or a value is of the wrong type, or not that of the tensors.
@@ -137,8 +108,8 @@ def model_from_args(model_args: Any, found: Mapping[str, Stored], path: str | os
             heads = ", n_head=N_HEAD" if name == "n_embd" else ""  # the heads of another width are doubtful, too
             advice = rewriting(path, f'x["model_args"].update({name}={size}{heads})')
             raise UserError(f"model_args says {name}={model_args[name]!r:.40}, the tensors {size}; {advice}")
-    fixed: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "layer_norm_epsilon": THEIR_EPSILON}
-    return ModelConfig(**fixed | model_args | sizes)
+    defaults: dict[str, Any] = {"dropout": 0.0, **THEIRS}
+    return ModelConfig(**defaults | model_args | sizes)
 
 
 def model_args_of(model: ModelConfig) -> dict[str, Any]:
@@ -148,12 +119,9 @@ def model_args_of(model: ModelConfig) -> dict[str, Any]:
 
 def check_expressible(model: ModelConfig) -> None:
     """Raises a UserError for what their checkpoints do not name: their code has one of each."""
-    if model.activation != "gelu":
-        raise UserError(f"model.activation={model.activation!r}, but picoGPT and nanoGPT compute 'gelu' only")
-    if model.layer_norm_epsilon != THEIR_EPSILON:
-        raise UserError(
-            f"model.layer_norm_epsilon={model.layer_norm_epsilon}, but picoGPT and nanoGPT use {THEIR_EPSILON} only"
-        )
+    for name, value in THEIRS.items():
+        if getattr(model, name) != value:
+            raise UserError(f"model.{name}={getattr(model, name)!r}, but picoGPT and nanoGPT compute {value!r} only")
 
 
 def _number(content: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -36,12 +36,9 @@ CheckpointKind = Literal["torch-float", "torch-int8", "picogpt-int8"]
 def is_torch_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is, or by its name means to be, a PyTorch file; loading a damaged one says what is wrong."""
     path = Path(path)
-    if not path.is_file():
-        return False
-    if path.suffix in (".pt", ".pth"):
-        return True
     try:
-        return any(record.filename.endswith("/data.pkl") for record in _records(path))
+        by_name = path.is_file() and path.suffix in (".pt", ".pth")
+        return by_name or any(record.filename.endswith("/data.pkl") for record in _records(path))
     except UserError:
         return False
 
@@ -56,11 +53,9 @@ def checkpoint_kind(content: Mapping[Any, Any], path: str | os.PathLike[str]) ->
         return "torch-int8" if EXTRA_KEY in content else "picogpt-int8"
     if "model" in content:
         return "torch-float"
-    if our_name(POSITIONS) in {our_name(name) for name in content if isinstance(name, str)}:
-        change = "x = dict(model=x, model_args=dict(n_head=N_HEAD))"
-        raise UserError(
-            f"{path} is a bare state dict, which does not tell the number of heads; {rewriting(path, change)}"
-        )
+    if POSITIONS in {our_name(name) for name in content if isinstance(name, str)}:
+        advice = rewriting(path, "x = dict(model=x, model_args=dict(n_head=N_HEAD))")
+        raise UserError(f"{path} is a bare state dict, which does not tell the number of heads; {advice}")
     raise UserError(
         f"{path} is no model that is known: it has the keys {shortened(sorted(map(str, content)))}; expected model and "
         "model_args, as nanoGPT's ckpt.pt has them, or picoGPT's model_state_dict and quantization_type"
@@ -74,8 +69,8 @@ def rewriting(path: str | os.PathLike[str], change: str, new: str | os.PathLike[
         new: where to; None: into the working folder, under a name of its own.
     """
     new = f"{Path(path).stem}.fixed.pt" if new is None else new
-    code = f"import torch as t; x = t.load({python_string(path)}); {change}; t.save(x, {python_string(new)})"
-    return f"write it again with: python -c {shlex.quote(code)}"
+    load, save = f"t.load({python_string(path)}, weights_only=True)", f"t.save(x, {python_string(new)})"
+    return f"write it again with: python -c {shlex.quote(f'import torch as t; x = {load}; {change}; {save}')}"
 
 
 def load_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
@@ -180,9 +175,7 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
             return archive.infolist()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (
-        Exception
-    ) as error:  # a malformed table may raise anything: BadZipFile, UnicodeDecodeError, struct.error, ...
+    except Exception as error:  # a malformed table may raise anything: BadZipFile, struct.error, ...
         raise UserError(f"{path} is no PyTorch checkpoint, or is truncated ({error}); save the model again") from None
 
 

@@ -1,7 +1,5 @@
 """picoGPT's int8 `.pt`: ours, which carries an int8 model exactly, and picoGPT's own (extra: torch).
 
-As picoGPT's sampler loads it:
-
     model_state_dict     <module>.weight_int8 int8 [out, in], .weight_scale float32 (a scalar, or [out, 1]),
                          .weight_zero_point int64 scalar 0, .bias, for each linear layer and `lm_head`;
                          float32 embeddings (the dequantized int8 ones) and LayerNorms
@@ -11,8 +9,8 @@ As picoGPT's sampler loads it:
 picoGPT dequantizes and computes in float, so its logits are close to ours, not equal. It loads a scalar scale only: for
 it, write with `requantize="per_tensor"`, unless the model is per_tensor already.
 
-The files that picoGPT writes itself lack `picogpt_jax`, have float embeddings that were never int8, and a head that is
-another matrix than `wte`: they are no int8 model of ours, but they give float parameters (`load_picogpt_int8`).
+The files that picoGPT writes itself lack `picogpt_jax`, and their embeddings were never int8: they are no int8 model of
+ours, but they give float parameters.
 """
 
 import json
@@ -25,7 +23,7 @@ import numpy as np
 
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError, errors_in
-from picogpt_jax.formats.gpt2_tensors import TABLE, FloatCheckpoint, Stored, by_our_names, read_as
+from picogpt_jax.formats.gpt2_tensors import TABLE, FloatCheckpoint, Stored, read_as, renamed
 from picogpt_jax.formats.torch_checkpoint import check_expressible, model_args_of, model_from_args
 from picogpt_jax.formats.torch_file import (
     EXTRA_KEY,
@@ -45,7 +43,7 @@ from picogpt_jax.int8.int8_model import (
     config_to_json,
     requantize_per_tensor,
 )
-from picogpt_jax.int8.layout import check_depth
+from picogpt_jax.int8.layout import check_depth, float_layout
 from picogpt_jax.text.reading import vocabulary_from_json
 
 QUANTIZATION_TYPE = "full_int8"
@@ -122,9 +120,7 @@ def load_int8_checkpoint(path: str | os.PathLike[str]) -> Int8Model:
         )
         for name in EMBEDDINGS:
             if not np.array_equal(arrays[f"{name}.weight"], model.matrices[name].dequantize()):
-                raise UserError(
-                    f"{name}.weight is not its int8 codes times their scales; expected exactly these values"
-                )
+                raise UserError(f"{name}.weight is not its int8 codes times their scales, but other values")
         return model
 
 
@@ -159,17 +155,13 @@ def load_picogpt_int8(path: str | os.PathLike[str]) -> FloatCheckpoint:
                 f"lm_head is {distance:.3g} quantization steps away from {TABLE}; expected at most half a step: the "
                 "head is tied to the embedding here, and this one is another matrix"
             )
-        parameters = {name: arrays[name] for name in model.vector_shapes()}
-        for name in model.matrix_shapes():
-            is_float = name in EMBEDDINGS
-            parameters[f"{name}.weight"] = (
-                arrays[f"{name}.weight"] if is_float else _int8_tensor(arrays, name).dequantize()
-            )
-        return FloatCheckpoint(model, parameters)
+        linear = [name for name in model.matrix_shapes() if name not in EMBEDDINGS]
+        dequantized = {f"{name}.weight": _int8_tensor(arrays, name).dequantize() for name in linear}
+        return FloatCheckpoint(model, {name: (arrays | dequantized)[name] for name in float_layout(model)})
 
 
 def _stored(tensors: Any, path: str | os.PathLike[str]) -> dict[str, Stored]:
-    return by_our_names(stored_tensors("model_state_dict", tensors, Path(path).stat().st_size))
+    return renamed(stored_tensors("model_state_dict", tensors, Path(path).stat().st_size))
 
 
 def _read(

@@ -143,7 +143,7 @@ def test_shards_of_pytorch_are_put_together(folder: Path, tmp_path: Path) -> Non
     for name, array in load_huggingface(folder)[1].items():
         np.testing.assert_array_equal(array, tensors[name], err_msg=name, strict=True)
     torch.save({}, folder / file)
-    with pytest.raises(UserError, match=rf"{file}: it does not hold exactly the tensors that pytorch_model.bin.index"):
+    with pytest.raises(UserError, match=rf"{file}: it does not hold exactly the tensors of pytorch_model.bin.index"):
         load_huggingface(folder)
 
 
@@ -334,7 +334,7 @@ def test_damaged_files_are_refused(folder: Path) -> None:
         ({"transformer.wte.weight": 3}, "names the file '3'"),
         (
             {"transformer.wte.weight": TENSORS},
-            "does not hold exactly the tensors that model.safetensors.index.json names",
+            "does not hold exactly the tensors of model.safetensors.index.json; download it",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from torch.ao import quantization
 from picogpt_jax.benchmarks import torch_baseline
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
+from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
 from picogpt_jax.formats.torch_checkpoint import load_float_checkpoint, save_float_checkpoint
 from picogpt_jax.int8.int8_model import Int8Model
 
@@ -43,15 +44,9 @@ def float_tensors(model: Int8Model) -> dict[str, np.ndarray]:
 
 def save_float(path: Path, **changes: Any) -> Int8Model:
     model = random_model(**changes)
-    save_float_checkpoint(
-        model.model,
-        float_tensors(model),
-        path,
-        iter_num=250,
-        best_val_loss=1.5,
-        config={"dataset": "shakespeare_char"},
-        vocabulary=model.vocabulary,
-    )
+    config = {"dataset": "shakespeare_char"}
+    checkpoint = FloatCheckpoint(model.model, float_tensors(model), 250, 1.5, config, model.vocabulary)
+    save_float_checkpoint(checkpoint, path)
     return model
 
 
@@ -307,15 +302,7 @@ def test_wrong_tensors_are_not_saved(tmp_path: Path) -> None:
     model = random_model()
     tensors = float_tensors(model) | {"lm_head.weight": np.zeros((11, 32), np.float32)}
     with pytest.raises(UserError, match=r"unknown tensors: lm_head\.weight"):
-        save_float_checkpoint(
-            model.model,
-            tensors,
-            tmp_path / "x.pt",
-            iter_num=0,
-            best_val_loss=0.0,
-            config={},
-            vocabulary=model.vocabulary,
-        )
+        save_float_checkpoint(FloatCheckpoint(model.model, tensors), tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +310,7 @@ def test_wrong_tensors_are_not_saved(tmp_path: Path) -> None:
     [
         ({"activation": "relu"}, "model.activation='relu', but picoGPT and nanoGPT compute 'gelu' only"),
         ({"activation": "gelu_tanh"}, "model.activation='gelu_tanh'"),
-        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT use 1e-05 only"),
+        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT compute 1e-05 only"),
     ],
 )
 def test_what_picogpt_cannot_compute_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:

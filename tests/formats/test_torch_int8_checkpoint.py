@@ -179,7 +179,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     [
         ({"activation": "relu"}, "model.activation='relu', but picoGPT and nanoGPT compute 'gelu' only"),
         ({"activation": "gelu_tanh"}, "model.activation='gelu_tanh'"),
-        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT use 1e-05 only"),
+        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT compute 1e-05 only"),
     ],
 )
 def test_what_picogpt_cannot_compute_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
