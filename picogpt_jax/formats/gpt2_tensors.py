@@ -9,14 +9,14 @@ the embedding: either may be stored, or both where they are equal. float16 and b
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8.layout import Layout, check_depth, check_finite, check_layout, float_layout, shortened
+from picogpt_jax.int8.layout import Stored, check_depth, float_layout, read_as, shortened
 from picogpt_jax.text.vocabulary import Vocabulary
 
 TABLE, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
@@ -54,14 +54,6 @@ class FloatCheckpoint:
     best_val_loss: float = math.inf
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     vocabulary: Vocabulary | None = None
-
-
-class Stored(NamedTuple):
-    """A tensor of a file, which is read when it is needed."""
-
-    name: str  # in the file
-    layout: tuple[str, tuple[int, ...]]  # numpy's name of the type that it is read as, and the shape
-    read: Callable[[], np.ndarray]
 
 
 def our_name(name: str) -> str:
@@ -115,23 +107,6 @@ def sizes_of(found: Mapping[str, Stored]) -> dict[str, Any]:
         **{"n_layer": max(layers) + 1, "n_embd": width, "block_size": block_size, "vocab_size": vocab_size},
         **{"mlp_ratio": hidden // width, "bias": any(name.endswith(".bias") for name in found)},
     }
-
-
-def read_as(layout: Layout, found: Mapping[str, Stored]) -> dict[str, np.ndarray]:
-    """Reads the tensors, when their names, types and shapes have turned out to be exactly those of `layout`.
-
-    Raises:
-        UserError: it names what is unknown and missing, or the first tensor that differs or is not finite.
-    """
-    theirs = {ours: tensor.name for ours, tensor in found.items()}
-    check_layout(
-        {tensor.name: tensor.layout for tensor in found.values()},
-        {theirs.get(ours, ours): entry for ours, entry in layout.items()},
-    )
-    arrays = {name: tensor.read() for name, tensor in found.items()}
-    for name, array in arrays.items():
-        check_finite(theirs[name], array)
-    return arrays
 
 
 def read_parameters(model: ModelConfig, found: Mapping[str, Stored], in_by_out: bool = False) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ head) is refused with the reason. No tensor is read before the headers agree wit
 """
 
 import dataclasses
-import functools
 import os
 import shlex
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (comes with JAX; NumPy then knows bfloat16)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from picogpt_jax.config import Activation, ModelConfig
 from picogpt_jax.errors import UserError, errors_in, python_string
 from picogpt_jax.files import read_json
-from picogpt_jax.formats.gpt2_tensors import HEAD, POSITIONS, Stored, is_buffer, read_parameters, renamed
-from picogpt_jax.int8.layout import SAFETENSORS_DTYPES, check_names_occur_once, shortened
+from picogpt_jax.formats.gpt2_tensors import HEAD, POSITIONS, is_buffer, read_parameters, renamed
+from picogpt_jax.int8.layout import SAFETENSORS_DTYPES, Stored, shortened, stored_in_safetensors
 
 READ_AS = SAFETENSORS_DTYPES | {"F16": "float32", "BF16": "float32"}
 CONFIG_FILE = "config.json"
@@ -147,22 +145,7 @@ def _shards(folder: Path, tensors_file: str) -> dict[Path, set[str]]:
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    try:
-        file = safe_open(path, framework="numpy")
-        check_names_occur_once(path)
-        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"is no readable safetensors file ({error}); download it again") from None
-    stored = {}
-    for name, header in headers.items():
-        layout = (READ_AS.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
-        stored[name] = Stored(name, layout, functools.partial(_array, file, name))
-    return stored
-
-
-def _array(file: Any, name: str) -> np.ndarray:
-    array = file.get_tensor(name)
-    return array.astype(np.float32) if array.itemsize == 2 else array
+    return stored_in_safetensors(path, READ_AS)
 
 
 def _torch(path: Path) -> dict[str, Stored]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError, errors_in
-from picogpt_jax.formats.gpt2_tensors import HEAD, TABLE, FloatCheckpoint, Stored, read_parameters, renamed, sizes_of
+from picogpt_jax.formats.gpt2_tensors import HEAD, TABLE, FloatCheckpoint, read_parameters, renamed, sizes_of
 from picogpt_jax.formats.torch_file import (
     EXTRA_KEY,
     check_keys,
@@ -27,7 +27,7 @@ from picogpt_jax.formats.torch_file import (
     stored_tensors,
     torch,
 )
-from picogpt_jax.int8.layout import check_layout, float_layout, layout_of, shortened
+from picogpt_jax.int8.layout import Stored, check_layout, float_layout, layout_of, shortened
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
 

@@ -22,8 +22,8 @@ except ImportError as error:
 
 from picogpt_jax.errors import UserError, python_string
 from picogpt_jax.files import atomic_path
-from picogpt_jax.formats.gpt2_tensors import POSITIONS, Stored, is_buffer, our_name
-from picogpt_jax.int8.layout import shortened
+from picogpt_jax.formats.gpt2_tensors import POSITIONS, is_buffer, our_name
+from picogpt_jax.int8.layout import Stored, shortened
 
 OLDEST_SAFE_TORCH = (2, 10)
 EXTRA_KEY = "picogpt_jax"  # of a file's dict: what the layouts of nanoGPT and picoGPT have no place for

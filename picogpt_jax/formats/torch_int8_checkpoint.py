@@ -23,7 +23,7 @@ import numpy as np
 
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError, errors_in
-from picogpt_jax.formats.gpt2_tensors import TABLE, FloatCheckpoint, Stored, read_as, renamed
+from picogpt_jax.formats.gpt2_tensors import TABLE, FloatCheckpoint, renamed
 from picogpt_jax.formats.torch_checkpoint import check_expressible, model_args_of, model_from_args
 from picogpt_jax.formats.torch_file import (
     EXTRA_KEY,
@@ -43,7 +43,7 @@ from picogpt_jax.int8.int8_model import (
     config_to_json,
     requantize_per_tensor,
 )
-from picogpt_jax.int8.layout import check_depth, float_layout
+from picogpt_jax.int8.layout import Stored, check_depth, float_layout, read_as
 from picogpt_jax.text.reading import vocabulary_from_json
 
 QUANTIZATION_TYPE = "full_int8"

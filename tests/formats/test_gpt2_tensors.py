@@ -8,8 +8,8 @@ from test_int8_model import SMALL
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.gpt2_tensors import Stored, is_buffer, our_name, read_parameters, renamed, sizes_of
-from picogpt_jax.int8.layout import float_layout
+from picogpt_jax.formats.gpt2_tensors import is_buffer, our_name, read_parameters, renamed, sizes_of
+from picogpt_jax.int8.layout import Stored, float_layout
 
 MODEL = ModelConfig(**(SMALL | {"bias": True}))
 
