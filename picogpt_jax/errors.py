@@ -34,15 +34,11 @@ def command(script: str, **flags: object) -> str:
         script: such as scripts/quantize.py.
         flags: name -> value. What only the user knows is a word in capitals, such as DATA.
     """
-    words = [f"--{name}={own_file(value) if name == 'config' else value}" for name, value in flags.items()]
-    return shlex.join(["python", own_file(script), *words])
+    ours = "" if Path.cwd() == ROOT else f"{ROOT}/"
+    words = [f"--{name}={ours * (name == 'config')}{value}" for name, value in flags.items()]
+    return shlex.join(["python", ours + script, *words])
 
 
 def python_string(value: object) -> str:
     """A string in Python code that a shell is to find within single quotes."""
     return json.dumps(str(value), ensure_ascii=False)
-
-
-def own_file(name: object) -> str:
-    """A file of this project as the working folder reaches it."""
-    return str(name) if Path.cwd() == ROOT else str(ROOT / str(name))

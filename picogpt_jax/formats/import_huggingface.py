@@ -5,6 +5,7 @@ head) is refused with the reason. No tensor is read before the headers agree wit
 """
 
 import dataclasses
+import functools
 import os
 import shlex
 from collections.abc import Mapping
@@ -115,7 +116,7 @@ def _check_heads(folder: Path, found: Mapping[str, Stored]) -> None:
 
 def _stored(folder: Path) -> list[dict[str, Stored]]:
     """What each file of the folder stores."""
-    for name, read in ((TENSORS_FILE, _safetensors), (TORCH_FILE, _torch)):
+    for name, read in ((TENSORS_FILE, functools.partial(stored_in_safetensors, dtypes=READ_AS)), (TORCH_FILE, _torch)):
         index, files = f"{name}.index.json", []
         for path, names in _shards(folder, name).items():
             with errors_in(path):
@@ -142,10 +143,6 @@ def _shards(folder: Path, tensors_file: str) -> dict[Path, set[str]]:
             raise UserError(f"{index_file} names the file {str(file)[:80]!r}; expected one of {folder}")
         shards.setdefault(folder / file, set()).add(name)
     return shards
-
-
-def _safetensors(path: Path) -> dict[str, Stored]:
-    return stored_in_safetensors(path, READ_AS)
 
 
 def _torch(path: Path) -> dict[str, Stored]:

@@ -79,13 +79,10 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def stored_in_safetensors(path: Path, dtypes: Mapping[str, str] = SAFETENSORS_DTYPES) -> dict[str, Stored]:
-    """What a safetensors file holds, by name; the library checks that the header's sizes are those of the file.
-
-    Args:
-        dtypes: safetensors' names of types -> numpy's; half precision may be read as float32, which is exact.
+    """What a safetensors file holds, by name, half precision as float32 where `dtypes` says so, which is exact.
 
     Raises:
-        UserError: it is damaged, or a name occurs twice.
+        UserError: it is damaged (its header's sizes are not those of the file), or a name occurs twice.
     """
     try:
         file = safe_open(path, framework="numpy")

@@ -96,17 +96,12 @@ class TokenizerVocabulary(Vocabulary):
             found = _section(definition, name, source).get("type")
             if found != expected:
                 raise UserError(f"{source}: {name} is {found!r}; expected {expected!r}, as GPT-2's tokenizer has it")
-        settings = {"normalizer": definition.get("normalizer")}
-        settings["pre_tokenizer.add_prefix_space"] = definition["pre_tokenizer"].get("add_prefix_space")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            settings[f"model.{name}"] = model.get(name)
-        for name, value in settings.items():
-            if value:
-                neutral = "false" if value is True else "null"
-                raise UserError(
-                    f"{source}: {name} is {json.dumps(value)[:60]}, so that a text does not come back as it was; set "
-                    f"it to {neutral} there, to take texts as they are"
-                )
+        places = {"normalizer": definition, "add_prefix_space": definition["pre_tokenizer"]}
+        places |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"), model)
+        for name, section in places.items():
+            if value := section.get(name):
+                found, neutral = json.dumps(value)[:60], "false" if value is True else "null"
+                raise UserError(f"{source}: {name} is {found}: no text comes back as it was; set it to {neutral} there")
         ids = dict(_vocab(model, source))
         added = definition.get("added_tokens") or []
         is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)

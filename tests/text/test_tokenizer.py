@@ -141,9 +141,9 @@ def with_model(**changes: Any) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Split"}), "pre_tokenizer is 'Split'; expected 'ByteLevel'"),
         (changed(decoder=None), "decoder is NoneType; expected a dict"),
         (changed(normalizer={"type": "Lowercase"}), "normalizer is .*Lowercase.*; set it to null there"),
-        (with_model(dropout=0.1), r"model.dropout is 0.1, so that a text does not come back as it was; set it to null"),
-        (with_model(end_of_word_suffix="</w>"), "model.end_of_word_suffix is .*; set it to null there"),
-        (changed(pre_tokenizer=PREFIX_SPACE), "pre_tokenizer.add_prefix_space is true, .*; set it to false there"),
+        (with_model(dropout=0.1), r"dropout is 0.1: no text comes back as it was; set it to null"),
+        (with_model(end_of_word_suffix="</w>"), "end_of_word_suffix is .*; set it to null"),
+        (changed(pre_tokenizer=PREFIX_SPACE), "add_prefix_space is true: .*; set it to false"),
         (with_model(vocab=[]), "model.vocab is list; expected a dict"),
         (with_model(vocab={"a": 0, "b": 0}), "token 'b' has the id 0; expected distinct ids below 277"),
         (with_model(vocab={"a": 277}), "token 'a' has the id 277; expected distinct"),
@@ -212,7 +212,7 @@ def test_added_tokens_follow_gpt2s_own(tmp_path: Path) -> None:
 
 def test_damaged_or_lossy_older_files_are_refused(tmp_path: Path) -> None:
     write_older_files(tmp_path, tokenizer_config={"add_prefix_space": True})
-    with pytest.raises(UserError, match=r"pre_tokenizer.add_prefix_space is true"):
+    with pytest.raises(UserError, match=r"add_prefix_space is true"):
         read_tokenizer(tmp_path, SIZE)
     (tmp_path / "merges.txt").write_text("no such merge")
     with pytest.raises(UserError, match=r"vocab.json and merges.txt are damaged \("):
