@@ -1,8 +1,13 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and the commands that its messages give."""
 
 import contextlib
+import json
 import os
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of scripts/, configs/ and data/
 
 
 class UserError(ValueError):
@@ -20,3 +25,20 @@ def errors_in(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def command(script: str, **flags: object) -> str:
+    """A command for a message, which runs as it is printed from where this program was started.
+
+    Args:
+        script: such as scripts/quantize.py.
+        flags: name -> value. What only the user knows is a word in capitals, such as DATA.
+    """
+    ours = "" if Path.cwd() == ROOT else f"{ROOT}/"
+    words = [f"--{name}={ours * (name == 'config')}{value}" for name, value in flags.items()]
+    return shlex.join(["python", ours + script, *words])
+
+
+def python_string(value: object) -> str:
+    """A string in Python code that a shell is to find within single quotes."""
+    return json.dumps(str(value), ensure_ascii=False)

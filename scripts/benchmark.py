@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from picogpt_jax import cli
 from picogpt_jax.config import Config
 from picogpt_jax.devices.setup import set_up_jax
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, command
 from picogpt_jax.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,8 @@ TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
 
 def main() -> None:
     if WHAT.value is None:
-        raise UserError("say what to measure: python scripts/benchmark.py train, decode or serve")
+        example = command("scripts/benchmark.py", what="train")
+        raise UserError(f"say what to measure, train, decode or serve, such as: {example}")
     if MODEL.value is not None and WHAT.value == "train":
         raise UserError(
             "--model is for decode and serve; train has random weights of the size in --config: leave it out"

@@ -6,9 +6,9 @@ from pathlib import Path
 from absl import flags
 
 from picogpt_jax import cli
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, command
 from picogpt_jax.formats import sources
-from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model
 from picogpt_jax.text.reading import vocabulary_of_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/: an imported workdir needs a configuration
@@ -66,7 +66,13 @@ def to_checkpoint() -> None:
     source = load_for_import(INPUT.value, DATA.value)
     write_workdir(source, get_config().to_dict(), OUTPUT.value)
     print(f"wrote {OUTPUT.value}: {source.config.n_parameters:,} parameters, {source.config.vocab_size:,} tokens")
-    print(f"train it with: python scripts/train.py --config=configs/finetune.py --workdir={OUTPUT.value}")
+    data = DATA.value or (source.run.data.dir if source.run else "")
+    if not data or not (Path(data) / "train.bin").is_file():
+        data = f"{OUTPUT.value}/data"
+        prepare = {"input_file": "TEXT", "out_dir": data, "vocabulary": f"{OUTPUT.value}/{VOCABULARY_FILE}"}
+        print(f"prepare a text for it with: {command('data/text_char/prepare.py', **prepare)}")
+    train = {"config": "configs/finetune.py", "config.data.dir": data, "workdir": OUTPUT.value}
+    print(f"train it with: {command('scripts/train.py', **train)}")
 
 
 def load_float() -> sources.FloatModel:
@@ -77,19 +83,20 @@ def load_float() -> sources.FloatModel:
 
 
 def to_torch() -> None:
+    from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
     from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
     from picogpt_jax.int8.convert import float_arrays
 
     source = load_float()
-    save_float_checkpoint(
-        source.config,
-        float_arrays(source.config, source.params),
-        OUTPUT.value,
+    checkpoint = FloatCheckpoint(
+        model=source.config,
+        tensors=float_arrays(source.config, source.params),
         iter_num=source.step,
         best_val_loss=source.val_loss if source.val_loss is not None else float("inf"),
         config=source.run.to_dict() if source.run else {},
         vocabulary=source.vocabulary,
     )
+    save_float_checkpoint(checkpoint, OUTPUT.value)
     print(f"wrote {OUTPUT.value}: nanoGPT's float checkpoint of step {source.step:,}")
 
 

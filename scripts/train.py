@@ -14,7 +14,7 @@ from picogpt_jax.config import Config
 from picogpt_jax.devices import distributed
 from picogpt_jax.devices.cpu import cores
 from picogpt_jax.devices.setup import set_up_jax
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, command
 from picogpt_jax.files import read_json
 from picogpt_jax.text.reading import vocabulary_of_data
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -106,9 +106,10 @@ def complete(model: dict[str, Any], vocabulary: Vocabulary) -> None:
     missing = [f"model.{key}" for key, value in model.items() if value is None]
     stored = Path(WORKDIR.value) / "config.json"
     if missing and not stored.is_file():
+        make = command("scripts/convert.py", input="MODEL", to="checkpoint", output=WORKDIR.value)
         raise UserError(
             f"the configuration leaves {', '.join(missing)} to --workdir={WORKDIR.value}, which holds no model; import "
-            "one with scripts/convert.py --to=checkpoint"
+            f"one with: {make}"
         )
     if missing:
         there = dataclasses.asdict(Config.from_dict(read_json(stored)).model)

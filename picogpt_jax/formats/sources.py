@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from picogpt_jax.config import Config, ModelConfig, QuantConfig
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, command, errors_in
+from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
 from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_huggingface
 from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
-from picogpt_jax.text.tokenizer import TOKENIZER_FILE, read_tokenizer
+from picogpt_jax.text.tokenizer import has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
 ONNX_FILE = "model.onnx"
 GGUF_MAGIC = b"GGUF"
+EXPORTS = {"onnx": ("an ONNX folder", "--runtime=onnx"), "gguf": ("a GGUF file", "--runtime=llama.cpp")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,10 @@ def recognise(path: str | os.PathLike[str]) -> Kind:
     if _is_gguf(path):
         return "gguf"
     if path.is_file():
-        from picogpt_jax.formats.torch_file import checkpoint_kind, is_torch_checkpoint
+        from picogpt_jax.formats.torch_file import checkpoint_kind, is_torch_checkpoint, load_content
 
         if is_torch_checkpoint(path):
-            kinds: dict[str, Kind] = {"int8": "torch-int8", "float": "torch-float", "picogpt-int8": "picogpt-int8"}
-            return kinds[checkpoint_kind(path)]
+            return checkpoint_kind(load_content(path), path)
     if is_huggingface_folder(path):
         return "huggingface"
     raise UserError(
@@ -96,12 +97,20 @@ def load_int8(path: str | os.PathLike[str]) -> Int8Model:
     kind = recognise(path)
     if kind == "int8":
         return load_int8_model(path)
-    if kind in ("torch-int8", "picogpt-int8"):
+    if kind == "torch-int8":
         from picogpt_jax.formats.torch_int8_checkpoint import load_int8_checkpoint
 
         return load_int8_checkpoint(path)
     _refuse_export(path, kind)
-    raise UserError(f"{path} holds float parameters; an int8 model is needed: make one with scripts/quantize.py")
+    if kind in ("torch-float", "picogpt-int8"):  # quantize.py needs their vocabulary
+        raise UserError(f"{path} holds float parameters; quantize a workdir of it: {_make_workdir(path)}")
+    make = command("scripts/quantize.py", workdir=path, output="INT8_FOLDER")
+    raise UserError(f"{path} holds float parameters; make an int8 model of it with: {make}")
+
+
+def _make_workdir(path: str | os.PathLike[str]) -> str:
+    make = command("scripts/convert.py", input=path, to="checkpoint", data="DATA", output="WORKDIR")
+    return f"make one of it, DATA being the folder of its data, with: {make}"
 
 
 def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> FloatModel:
@@ -116,10 +125,8 @@ def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | 
     kind = recognise(path)
     if kind == "workdir":
         source = _load_workdir(path)
-    elif kind in ("torch-float", "picogpt-int8"):
-        source = _load_torch(path, kind, data_dir)
-    elif kind == "huggingface":
-        source = _load_huggingface(path, data_dir)
+    elif kind in ("torch-float", "picogpt-int8", "huggingface"):
+        source = _load_foreign(path, kind, data_dir)
     else:
         _refuse_export(path, kind)
         raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
@@ -145,11 +152,7 @@ def check_vocabulary(
 
 def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
     """The model of an ONNX folder, ready to run."""
-    kind = recognise(path)
-    if kind != "onnx":
-        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
-        command = f"python scripts/convert.py --input={source} --to=onnx --output=FOLDER"
-        raise UserError(f"--runtime=onnx takes an ONNX folder, not {path} ({kind}); make one with: {command}")
+    _check_export(path, "onnx", "FOLDER")
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     return OnnxGPT.load(path)
@@ -157,31 +160,33 @@ def load_onnx(path: str | os.PathLike[str]) -> "OnnxGPT":
 
 def load_gguf(path: str | os.PathLike[str]) -> "LlamaCppGPT":
     """The model of a GGUF file in llama.cpp."""
-    kind = recognise(path)
-    if kind != "gguf":
-        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
-        command = f"python scripts/convert.py --input={source} --to=gguf --output=FILE.gguf"
-        raise UserError(f"--runtime=llama.cpp takes a GGUF file, not {path} ({kind}); make one with: {command}")
+    _check_export(path, "gguf", "FILE.gguf")
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     return LlamaCppGPT(path)
 
 
+def _check_export(path: str | os.PathLike[str], expected: Kind, output: str) -> None:
+    kind, (what, runtime) = recognise(path), EXPORTS[expected]
+    if kind != expected:
+        source = path if kind in ("int8", "torch-int8") else "INT8_FOLDER"
+        make = command("scripts/convert.py", input=source, to=expected, output=output)
+        raise UserError(f"{runtime} takes {what}, not {path} ({kind}); make one with: {make}")
+
+
 def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
     """What an exporter wrote is for one runtime alone."""
-    exports = {"onnx": "an ONNX folder, which --runtime=onnx", "gguf": "a GGUF file, which --runtime=llama.cpp"}
-    if kind in exports:
-        raise UserError(f"{path} is {exports[kind]} runs; here, give the int8 folder that it was made from")
+    if kind in EXPORTS:
+        what, runtime = EXPORTS[kind]
+        raise UserError(f"{path} is {what}, which {runtime} runs; here, give the int8 folder that it was made from")
 
 
 def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
     """The model of an int8 folder, read by the NumPy runtime itself, and the folder's vocabulary."""
     kind = recognise(path)
     if kind != "int8":
-        raise UserError(
-            f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: "
-            "python scripts/quantize.py --workdir=WORKDIR --output=FOLDER"
-        )
+        make = command("scripts/quantize.py", workdir=path if kind == "workdir" else "WORKDIR", output="FOLDER")
+        raise UserError(f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: {make}")
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
 
     model, vocabulary = NumpyGPT.load(path), load_vocabulary(Path(path) / VOCABULARY_FILE)
@@ -211,7 +216,7 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     step, meta, run = restored.step, restored.meta, Config.from_dict(restored.meta["config"])
     imported = meta.get(IMPORTED)
     vocabulary = vocabulary_from_json(meta["vocab"], f"the checkpoint of {path}")
-    if isinstance(vocabulary, TokenIds) and (Path(path) / TOKENIZER_FILE).is_file():
+    if isinstance(vocabulary, TokenIds) and has_tokenizer(path):
         vocabulary = read_tokenizer(path, run.model.vocab_size)
     return FloatModel(
         config=run.model,
@@ -229,10 +234,12 @@ def _is_qat(run: Config, step: int) -> bool:
     return run.quant.mode == "int8" and step > run.quant.start_step
 
 
-def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.PathLike[str] | None) -> FloatModel:
+def _load_foreign(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.PathLike[str] | None) -> FloatModel:
     from picogpt_jax.int8.convert import FLOAT, params_from_arrays
 
-    if kind == "picogpt-int8":
+    if kind == "huggingface":
+        loaded = FloatCheckpoint(*load_huggingface(path))
+    elif kind == "picogpt-int8":
         from picogpt_jax.formats.torch_int8_checkpoint import load_picogpt_int8
 
         loaded = load_picogpt_int8(path)
@@ -243,13 +250,12 @@ def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.Pat
     with errors_in(path):  # ours carries our configuration; nanoGPT's has no such sections
         run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
     vocabulary = loaded.vocabulary
-    if vocabulary is None and data_dir is not None:
+    if has_tokenizer(path):
+        vocabulary = read_tokenizer(path, loaded.model.vocab_size)
+    elif vocabulary is None and data_dir is not None:
         vocabulary = vocabulary_of_data(data_dir, loaded.model.vocab_size, token_ids=False)
     if vocabulary is None:
-        raise UserError(
-            f"{path} holds no vocabulary; make a workdir of it with scripts/convert.py --to=checkpoint --data=DIR, the "
-            "folder of the data that it was trained on"
-        )
+        raise UserError(f"{path} holds no vocabulary; a workdir has one: {_make_workdir(path)}")
     return FloatModel(
         config=loaded.model,
         run=run,
@@ -259,19 +265,4 @@ def _load_torch(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.Pat
         step=loaded.iter_num,
         val_loss=loaded.best_val_loss if math.isfinite(loaded.best_val_loss) else None,
         qat=run is not None and _is_qat(run, loaded.iter_num),
-    )
-
-
-def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> FloatModel:
-    from picogpt_jax.int8.convert import FLOAT, params_from_arrays
-
-    config, tensors = load_huggingface(path)
-    has_tokenizer = (Path(path) / TOKENIZER_FILE).is_file()
-    if has_tokenizer or data_dir is None:
-        vocabulary = read_tokenizer(path, config.vocab_size)
-    else:
-        vocabulary = vocabulary_of_data(data_dir, config.vocab_size, token_ids=False)
-    params = params_from_arrays(config, tensors)
-    return FloatModel(
-        config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False
     )

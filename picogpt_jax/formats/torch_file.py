@@ -5,7 +5,7 @@ values and runs nothing else; before that, the zip must declare no more bytes th
 (float) and `torch_int8_checkpoint` know what the keys mean, and account for every one.
 """
 
-import json
+import functools
 import os
 import shlex
 import zipfile
@@ -16,55 +16,61 @@ from typing import Any, Literal
 import numpy as np
 
 try:
-    import torch
+    import torch as torch  # for those that import it from here, too
 except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, python_string
 from picogpt_jax.files import atomic_path
+from picogpt_jax.formats.gpt2_tensors import POSITIONS, is_buffer, our_name
+from picogpt_jax.int8.layout import Stored, shortened
 
 OLDEST_SAFE_TORCH = (2, 10)
 EXTRA_KEY = "picogpt_jax"  # of a file's dict: what the layouts of nanoGPT and picoGPT have no place for
-DTYPES = (torch.float32, torch.int8, torch.int64)
-HALF = (torch.float16, torch.bfloat16)
 OLD_START = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # of a file before PyTorch 1.6: its magic number, pickled
 MAX_PLAIN_VALUES = 1 << 20
-COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it in front of every key
 
-CheckpointKind = Literal["float", "int8", "picogpt-int8"]
+CheckpointKind = Literal["torch-float", "torch-int8", "picogpt-int8"]
 
 
 def is_torch_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is, or by its name means to be, a PyTorch file; loading a damaged one says what is wrong."""
     path = Path(path)
-    if not path.is_file():
-        return False
-    if path.suffix in (".pt", ".pth"):
-        return True
     try:
-        return any(record.filename.endswith("/data.pkl") for record in _records(path))
+        by_name = path.is_file() and path.suffix in (".pt", ".pth")
+        return by_name or any(record.filename.endswith("/data.pkl") for record in _records(path))
     except UserError:
         return False
 
 
-def checkpoint_kind(path: str | os.PathLike[str]) -> CheckpointKind:
-    """Which layout the file has: a float one, our int8 one, or that of picoGPT's own quantization.
+def checkpoint_kind(content: Mapping[Any, Any], path: str | os.PathLike[str]) -> CheckpointKind:
+    """Which layout has what `load_content` returned of `path`: a float one, our int8 one, or picoGPT's own.
 
     Raises:
-        UserError: it has none of them, or is damaged or unsafe.
+        UserError: it has none of them.
     """
-    content = load_content(path)
-    with errors_in(path):
-        return content_kind(content)
-
-
-def content_kind(content: Mapping[Any, Any]) -> CheckpointKind:
-    """`checkpoint_kind` of what `load_content` returned."""
     if "model_state_dict" in content and "quantization_type" in content:
-        return "int8" if EXTRA_KEY in content else "picogpt-int8"
-    if "model" in content and "model_args" in content:
-        return "float"
-    raise UserError(f"it has the keys {sorted(map(str, content))}; expected picoGPT's int8 file or nanoGPT's ckpt.pt")
+        return "torch-int8" if EXTRA_KEY in content else "picogpt-int8"
+    if "model" in content:
+        return "torch-float"
+    if POSITIONS in {our_name(name) for name in content if isinstance(name, str)}:
+        advice = rewriting(path, "x = dict(model=x, model_args=dict(n_head=N_HEAD))")
+        raise UserError(f"{path} is a bare state dict, which does not tell the number of heads; {advice}")
+    raise UserError(
+        f"{path} is no model that is known: it has the keys {shortened(sorted(map(str, content)))}; expected model and "
+        "model_args, as nanoGPT's ckpt.pt has them, or picoGPT's model_state_dict and quantization_type"
+    )
+
+
+def rewriting(path: str | os.PathLike[str], change: str, new: str | os.PathLike[str] | None = None) -> str:
+    """Advice: a command that writes a file again, after a change of its content x (without single quotes).
+
+    Args:
+        new: where to; None: into the working folder, under a name of its own.
+    """
+    new = f"{Path(path).stem}.fixed.pt" if new is None else new
+    load, save = f"t.load({python_string(path)}, weights_only=True)", f"t.save(x, {python_string(new)})"
+    return f"write it again with: python -c {shlex.quote(f'import torch as t; x = {load}; {change}; {save}')}"
 
 
 def load_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
@@ -83,13 +89,24 @@ def load_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a malformed pickle may raise anything: UnpicklingError, RuntimeError, KeyError, ...
-        raise UserError(
-            f"{path} cannot be read as tensors and plain values ({type(error).__name__}): it is damaged, or holds "
-            "other Python objects, which are never loaded because they can run code; save the model again"
-        ) from None
+        raise UserError(_why_not_loaded(path, error)) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a dict")
     return content
+
+
+def _why_not_loaded(path: str | os.PathLike[str], error: Exception) -> str:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it is so damaged that not even the names in it can be listed
+        foreign = []
+    if not foreign:
+        return f"{path} cannot be read as tensors and plain values ({type(error).__name__}): it is damaged"
+    return (
+        f"{path} holds a Python object, {ascii(foreign[0])[1:-1][:60]}; these are never loaded: they can run code; "
+        "where it was made, save instead: torch.save({'model': model.state_dict(), 'model_args': vars(model.config) | "
+        "{'activation': 'gelu_tanh'}}, 'ckpt.pt') ('gelu': the exact one)"
+    )
 
 
 def save_content(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -98,42 +115,33 @@ def save_content(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         torch.save(content, file)  # into an open file, so that its name is not part of the content
 
 
-def checked_arrays(tensors: Mapping[Any, Any], file_size: int, widen: bool = False) -> dict[str, np.ndarray]:
-    """The tensors in memory. Views can repeat a few stored bytes without end, so their sizes are bounded first.
+def stored_tensors(where: str, tensors: Any, file_size: int) -> dict[str, Stored]:
+    """The tensors of a state dict, half precision as float32; buffers are left out.
 
-    Args:
-        widen: half precision is read too, as float32, which is exact; else it is refused.
+    Views can repeat a few stored bytes without end, so their sizes are bounded before one is read.
 
     Raises:
-        UserError: something is no tensor, of another type, or larger than the file can be.
+        UserError: it is no dict, something in it is no plain tensor under a name, or all are larger than the file.
     """
-    dtypes = DTYPES + HALF * widen
+    check_keys(where, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
+    stored = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{name!r} is a {type(tensor).__name__}; expected a tensor under a name")
-        if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(f"{name} is {tensor.dtype} ({tensor.layout}); expected one of {dtypes}")
+            raise UserError(f"{ascii(name)[:80]} is a {type(tensor).__name__}; expected a tensor under a name")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{name} is {tensor.layout} on {tensor.device}; expected a plain tensor on the CPU")
+        dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+        read = functools.partial(_array, tensor, dtype)
+        stored[name] = Stored(name, (str(dtype).removeprefix("torch."), tuple(tensor.shape)), read)
     declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if declared > 2 * file_size:  # tied tensors are stored once and named twice
         raise UserError(f"the tensors declare {declared} bytes in a file of {file_size}; it is not loaded")
-    arrays = {}
-    for name, tensor in tensors.items():
-        dtype = torch.float32 if tensor.dtype in HALF else tensor.dtype
-        arrays[name] = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).numpy()
-    return arrays
+    return stored
 
 
-def without_prefix(tensors: Any, where: str) -> dict[Any, Any]:
-    """The tensors without torch.compile's prefix.
-
-    Raises:
-        UserError: it is no dict, or a name is there with and without the prefix.
-    """
-    check_keys(where, tensors)
-    renamed = {name.removeprefix(COMPILED_PREFIX) if isinstance(name, str) else name: x for name, x in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise UserError(f"tensors occur twice, with and without the prefix {COMPILED_PREFIX!r}")
-    return renamed
+def _array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).numpy()
 
 
 def check_plain(name: str, value: Any) -> None:
@@ -167,9 +175,7 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
             return archive.infolist()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (
-        Exception
-    ) as error:  # a malformed table may raise anything: BadZipFile, UnicodeDecodeError, struct.error, ...
+    except Exception as error:  # a malformed table may raise anything: BadZipFile, struct.error, ...
         raise UserError(f"{path} is no PyTorch checkpoint, or is truncated ({error}); save the model again") from None
 
 
@@ -180,11 +186,9 @@ def _check_not_old(path: Path) -> None:
     with path.open("rb") as file:
         is_old = file.read(len(OLD_START)) == OLD_START
     if is_old:
-        name = json.dumps(str(path), ensure_ascii=False)
-        code = f"import torch; name = {name}; torch.save(torch.load(name, weights_only=True), name)"
         raise UserError(
             f"{path} is in the format that PyTorch wrote before 1.6, which is not read here; take the model's "
-            f"safetensors file, or, if you trust this one, write it again: python -c {shlex.quote(code)}"
+            f"safetensors file, or, if you trust this one, {rewriting(path, 'pass', path)}"
         )
 
 

@@ -1,7 +1,5 @@
 """picoGPT's int8 `.pt`: ours, which carries an int8 model exactly, and picoGPT's own (extra: torch).
 
-As picoGPT's sampler loads it:
-
     model_state_dict     <module>.weight_int8 int8 [out, in], .weight_scale float32 (a scalar, or [out, 1]),
                          .weight_zero_point int64 scalar 0, .bias, for each linear layer and `lm_head`;
                          float32 embeddings (the dequantized int8 ones) and LayerNorms
@@ -11,8 +9,8 @@ As picoGPT's sampler loads it:
 picoGPT dequantizes and computes in float, so its logits are close to ours, not equal. It loads a scalar scale only: for
 it, write with `requantize="per_tensor"`, unless the model is per_tensor already.
 
-The files that picoGPT writes itself lack `picogpt_jax`, have float embeddings that were never int8, and a head that is
-another matrix than `wte`: they are no int8 model of ours, but they give float parameters (`load_picogpt_int8`).
+The files that picoGPT writes itself lack `picogpt_jax`, and their embeddings were never int8: they are no int8 model of
+ours, but they give float parameters.
 """
 
 import json
@@ -23,30 +21,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-try:
-    import torch
-except ImportError as error:
-    raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
-
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError, errors_in
-from picogpt_jax.formats.torch_checkpoint import (
-    HEAD,
-    HIDDEN,
-    FloatCheckpoint,
-    check_expressible,
-    model_args_of,
-    model_from_args,
-)
+from picogpt_jax.formats.gpt2_tensors import TABLE, FloatCheckpoint, renamed
+from picogpt_jax.formats.torch_checkpoint import check_expressible, model_args_of, model_from_args
 from picogpt_jax.formats.torch_file import (
     EXTRA_KEY,
     check_keys,
     check_plain,
-    checked_arrays,
-    content_kind,
+    checkpoint_kind,
     load_content,
     save_content,
-    without_prefix,
+    stored_tensors,
+    torch,
 )
 from picogpt_jax.int8.int8_model import (
     EMBEDDINGS,
@@ -56,7 +43,7 @@ from picogpt_jax.int8.int8_model import (
     config_to_json,
     requantize_per_tensor,
 )
-from picogpt_jax.int8.layout import check_depth, check_finite, check_layout, layout_of
+from picogpt_jax.int8.layout import Stored, check_depth, float_layout, read_as
 from picogpt_jax.text.reading import vocabulary_from_json
 
 QUANTIZATION_TYPE = "full_int8"
@@ -107,15 +94,11 @@ def load_int8_checkpoint(path: str | os.PathLike[str]) -> Int8Model:
             embedding is not the dequantized one; or the file is picoGPT's own, whose embeddings were never int8.
     """
     content = load_content(path)
+    kind = checkpoint_kind(content, path)
     with errors_in(path):
-        if content_kind(content) == "float":
-            raise UserError("this is a float checkpoint; expected an int8 one: quantize it first")
-        if content_kind(content) == "picogpt-int8":
-            raise UserError(
-                "this is picoGPT's own int8 file: its embeddings are float32 and its head is untied, so it is no int8 "
-                "model of ours; make a float workdir of it with scripts/convert.py --to=checkpoint --data=DIR, and "
-                "quantize that"
-            )
+        if kind != "torch-int8":
+            what = "a float checkpoint" if kind == "torch-float" else "picoGPT's own int8 file, with float embeddings"
+            raise UserError(f"this is {what}; expected an int8 one of ours: make a workdir of it, and quantize that")
         _check_type(content)
         extra = content[EXTRA_KEY]
         check_keys(EXTRA_KEY, extra, "config", "vocabulary", "wpe_int8", "wpe_scale")
@@ -124,13 +107,9 @@ def load_int8_checkpoint(path: str | os.PathLike[str]) -> Int8Model:
         config, quantization, training = config_from_json(extra["config"])
         if content["model_args"] != model_args_of(config):
             raise UserError(f"model_args is {content['model_args']!r}; {EXTRA_KEY} says {model_args_of(config)!r}")
-        tensors = dict(content["model_state_dict"])
-        tensors |= {f"{EXTRA_KEY}.{name}": extra[name] for name in ("wpe_int8", "wpe_scale")}
-        arrays = checked_arrays(tensors, Path(path).stat().st_size)
-        check_depth(config, arrays)
-        granularity = quantization.weight_granularity
-        check_layout(layout_of(arrays), _state_layout(config, granularity) | _extra_layout(config, granularity))
-        _check_zero_points(arrays)
+        of_wpe = {f"{EXTRA_KEY}.{name}": extra[name] for name in ("wpe_int8", "wpe_scale")}
+        found = _stored(content["model_state_dict"] | of_wpe, path)
+        arrays = _read(config, quantization.weight_granularity, found, with_wpe=True)
         model = Int8Model(
             model=config,
             quantization=quantization,
@@ -141,9 +120,7 @@ def load_int8_checkpoint(path: str | os.PathLike[str]) -> Int8Model:
         )
         for name in EMBEDDINGS:
             if not np.array_equal(arrays[f"{name}.weight"], model.matrices[name].dequantize()):
-                raise UserError(
-                    f"{name}.weight is not its int8 codes times their scales; expected exactly these values"
-                )
+                raise UserError(f"{name}.weight is not its int8 codes times their scales, but other values")
         return model
 
 
@@ -151,61 +128,62 @@ def load_picogpt_int8(path: str | os.PathLike[str]) -> FloatCheckpoint:
     """Reads the file of picoGPT's own quantization as float parameters: codes * scale, and the embeddings as they are.
 
     The head of our model is `wte`; picoGPT quantized its head from `wte`, so its codes are checked against it and left
-    out. picoGPT writes the `model_args` of its Shakespeare model whatever it quantized: the size of the vocabulary is
-    therefore taken from `wte`, and everything else must agree with the tensors.
+    out. picoGPT writes the `model_args` of its Shakespeare model whatever it quantized: sizes are therefore those of
+    the tensors. With the width the number of heads is believed, so the width must agree.
 
     Raises:
         UserError: the file is damaged, unsafe or of another kind; a tensor is unknown, missing or mis-shaped, or not
             finite; or the head is not the quantized token embedding.
     """
     content = load_content(path)
+    kind = checkpoint_kind(content, path)
     with errors_in(path):
-        if content_kind(content) != "picogpt-int8":
+        if kind != "picogpt-int8":
             raise UserError("this is not an int8 file of picoGPT's own")
         _check_type(content)
-        tensors = without_prefix(content["model_state_dict"], "model_state_dict")
-        arrays = checked_arrays(tensors, Path(path).stat().st_size)
-        table = arrays.get("transformer.wte.weight")
-        model_args = content["model_args"]
-        if isinstance(model_args, dict) and table is not None and table.ndim == 2:
-            model_args = model_args | {"vocab_size": len(table)}
-        model = model_from_args(model_args, arrays, f"{HIDDEN}.weight_int8")
-        check_depth(model, arrays)
-        check_layout(layout_of(arrays), _state_layout(model, "per_tensor"))
-        _check_zero_points(arrays)
+        known = {key: x for key, x in content["model_args"].items() if key in ("n_embd", "n_head", "dropout")}
+        found = _stored(content["model_state_dict"], path)
+        model = model_from_args(known, found, path)
+        arrays = _read(model, "per_tensor", found)
         for name, array in arrays.items():
-            check_finite(name, array)
             if name.endswith(".weight_scale") and array <= 0:
-                raise UserError(f"{name} is {array}; expected a positive scale")
-        head = Int8Tensor(arrays[f"{HEAD}.weight_int8"], arrays[f"{HEAD}.weight_scale"].reshape(1, 1))
-        distance = np.abs(arrays["transformer.wte.weight"] - head.dequantize()).max() / head.scale.item()
+                raise UserError(f"{found[name].name} is {array}; expected a positive scale")
+        head, table = _int8_tensor(arrays, "transformer.wte"), arrays[TABLE]
+        distance = np.abs(table - head.dequantize()).max() / head.scale.item()
         if distance > HALF_STEP:
             raise UserError(
-                f"{HEAD} is {distance:.3g} quantization steps away from transformer.wte.weight; expected at most half "
-                "a step: the head is tied to the embedding here, and this one is another matrix"
+                f"lm_head is {distance:.3g} quantization steps away from {TABLE}; expected at most half a step: the "
+                "head is tied to the embedding here, and this one is another matrix"
             )
-        parameters = {name: arrays[name] for name in model.vector_shapes()}
-        for name in model.matrix_shapes():
-            is_float = name in EMBEDDINGS
-            parameters[f"{name}.weight"] = (
-                arrays[f"{name}.weight"] if is_float else _int8_tensor(arrays, name).dequantize()
-            )
-        return FloatCheckpoint(model, parameters, iter_num=0, best_val_loss=float("inf"), config={}, vocabulary=None)
+        linear = [name for name in model.matrix_shapes() if name not in EMBEDDINGS]
+        dequantized = {f"{name}.weight": _int8_tensor(arrays, name).dequantize() for name in linear}
+        return FloatCheckpoint(model, {name: (arrays | dequantized)[name] for name in float_layout(model)})
+
+
+def _stored(tensors: Any, path: str | os.PathLike[str]) -> dict[str, Stored]:
+    return renamed(stored_tensors("model_state_dict", tensors, Path(path).stat().st_size))
+
+
+def _read(
+    model: ModelConfig, granularity: Granularity, found: Mapping[str, Stored], with_wpe: bool = False
+) -> dict[str, np.ndarray]:
+    """The tensors of the state dict, and the two of wpe that are ours alone, when they are exactly those expected."""
+    check_depth(model, found)
+    arrays = read_as(_layout(model, granularity, with_wpe), found)
+    for name, array in arrays.items():
+        if name.endswith(".weight_zero_point") and array != 0:
+            raise UserError(f"{found[name].name} is {array}; expected 0: the grid is symmetric")
+    return arrays
 
 
 def _check_type(content: Mapping[Any, Any]) -> None:
     check_keys("the file", content, "model_state_dict", "quantization_type", "model_args")
     check_keys("model_state_dict", content["model_state_dict"])
+    check_keys("model_args", content["model_args"])
     check_plain("model_args", content["model_args"])
     check_plain("quantization_type", content["quantization_type"])
     if content["quantization_type"] != QUANTIZATION_TYPE:
         raise UserError(f"quantization_type is {content['quantization_type']!r}; expected {QUANTIZATION_TYPE!r}")
-
-
-def _check_zero_points(arrays: Mapping[str, np.ndarray]) -> None:
-    for name, array in arrays.items():
-        if name.endswith(".weight_zero_point") and array != 0:
-            raise UserError(f"{name} is {array}; expected 0: the grid is symmetric")
 
 
 def _int8_tensor(arrays: Mapping[str, np.ndarray], name: str) -> Int8Tensor:
@@ -217,29 +195,23 @@ def _int8_tensor(arrays: Mapping[str, np.ndarray], name: str) -> Int8Tensor:
 
 def _module(name: str) -> str:
     """The module that holds the int8 codes of the matrix `name`."""
-    return HEAD if name == "transformer.wte" else name
+    return "lm_head" if name == "transformer.wte" else name
 
 
-def _state_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor of the state dict."""
+def _layout(model: ModelConfig, granularity: Granularity, with_wpe: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in model.matrix_shapes().items():
+        rows = (shape[0], 1) if granularity == "per_channel" else ()
         if name in EMBEDDINGS:
             layout[f"{name}.weight"] = ("float32", shape)
         if name != "transformer.wpe":
             layout[f"{_module(name)}.weight_int8"] = ("int8", shape)
-            layout[f"{_module(name)}.weight_scale"] = ("float32", (shape[0], 1) if granularity == "per_channel" else ())
+            layout[f"{_module(name)}.weight_scale"] = ("float32", rows)
             layout[f"{_module(name)}.weight_zero_point"] = ("int64", ())
+        elif with_wpe:
+            layout[f"{EXTRA_KEY}.wpe_int8"] = ("int8", shape)
+            layout[f"{EXTRA_KEY}.wpe_scale"] = ("float32", rows or (1, 1))
     return layout | {name: ("float32", shape) for name, shape in model.vector_shapes().items()}
-
-
-def _extra_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The two tensors under `EXTRA_KEY`."""
-    rows = model.block_size if granularity == "per_channel" else 1
-    return {
-        f"{EXTRA_KEY}.wpe_int8": ("int8", (model.block_size, model.n_embd)),
-        f"{EXTRA_KEY}.wpe_scale": ("float32", (rows, 1)),
-    }
 
 
 def _state_dict(model: Int8Model) -> dict[str, torch.Tensor]:
@@ -259,12 +231,11 @@ def _state_dict(model: Int8Model) -> dict[str, torch.Tensor]:
 def _quantization_stats(model: Int8Model) -> dict[str, dict[str, Any]]:
     """Sizes of each int8 layer, and of all of them under `_summary`; bytes, scales included."""
     matrices = {_module(name): matrix for name, matrix in model.matrices.items() if name != "transformer.wpe"}
-    stats = {name: _sizes(4 * x.codes.size, x.codes.nbytes + x.scale.nbytes) for name, x in matrices.items()}
-    totals = [sum(layer[key] for layer in stats.values()) for key in ("original_bytes", "quantized_bytes")]
-    summary: dict[str, Any] = {"quantized_layers": len(stats), "total_parameters": model.model.n_parameters}
-    return stats | {"_summary": summary | _sizes(*totals)}
+    summary: dict[str, Any] = {"quantized_layers": len(matrices), "total_parameters": model.model.n_parameters}
+    return {name: _sizes(x) for name, x in matrices.items()} | {"_summary": summary | _sizes(*matrices.values())}
 
 
-def _sizes(original_bytes: int, quantized_bytes: int) -> dict[str, Any]:
-    ratio = original_bytes / quantized_bytes
-    return {"original_bytes": original_bytes, "quantized_bytes": quantized_bytes, "compression_ratio": ratio}
+def _sizes(*matrices: Int8Tensor) -> dict[str, Any]:
+    original = sum(4 * x.codes.size for x in matrices)
+    quantized = sum(x.codes.nbytes + x.scale.nbytes for x in matrices)
+    return {"original_bytes": original, "quantized_bytes": quantized, "compression_ratio": original / quantized}

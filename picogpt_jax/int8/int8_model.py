@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from picogpt_jax.config import Granularity, ModelConfig, section_from_dict
 from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import atomic_folder, read_json, write_json
 from picogpt_jax.int8.layout import (
-    SAFETENSORS_DTYPES,
     check_depth,
     check_finite,
     check_layout,
-    check_names_occur_once,
     int8_layout,
     layout_of,
+    read_as,
+    stored_in_safetensors,
 )
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -306,20 +305,10 @@ def file_bytes(folder: str | os.PathLike[str]) -> int:
 
 
 def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> dict[str, np.ndarray]:
-    """Reads the tensors; safetensors checks that the header's sizes are those of the file, `check_layout` the rest."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            check_names_occur_once(path)
-            found = {}
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                header = file.get_slice(name)
-                dtype = header.get_dtype()
-                found[name] = (SAFETENSORS_DTYPES.get(dtype, dtype), tuple(header.get_shape()))
-            check_depth(model, found)
-            check_layout(found, int8_layout(model, granularity))
-            return {name: file.get_tensor(name) for name in found}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"is no readable safetensors file ({error}); write the model again") from None
+    """Reads the tensors, after their headers turned out to be those that the model needs."""
+    found = stored_in_safetensors(path)
+    check_depth(model, found)
+    return read_as(int8_layout(model, granularity), found)
 
 
 def _check_values(name: str, array: np.ndarray) -> None:

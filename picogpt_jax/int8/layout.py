@@ -3,14 +3,16 @@
 The names are nanoGPT's and matrices are [out, in], here and in every file that is read or written.
 """
 
+import functools
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError
@@ -19,6 +21,14 @@ from picogpt_jax.errors import UserError
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 # safetensors' names of types -> numpy's.
 SAFETENSORS_DTYPES = {"I8": "int8", "F32": "float32"}
+
+
+class Stored(NamedTuple):
+    """A tensor of a file, which is read when it is needed."""
+
+    name: str  # in the file
+    layout: tuple[str, tuple[int, ...]]  # the type as numpy spells it, when it is read
+    read: Callable[[], np.ndarray]
 
 
 def int8_layout(model: ModelConfig, granularity: Granularity) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -49,7 +59,7 @@ def check_layout(found: Layout, expected: Layout) -> None:
     """
     unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if unknown or missing:
-        raise UserError(f"unknown tensors: {_shortened(unknown)}; missing tensors: {_shortened(missing)}")
+        raise UserError(f"unknown tensors: {shortened(unknown)}; missing tensors: {shortened(missing)}")
     for name, (dtype, shape) in expected.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]
@@ -68,17 +78,60 @@ def check_finite(name: str, array: np.ndarray) -> None:
         raise UserError(f"{name} holds values that are not finite; expected finite float32 values")
 
 
-def check_names_occur_once(path: Path) -> None:
+def stored_in_safetensors(path: Path, dtypes: Mapping[str, str] = SAFETENSORS_DTYPES) -> dict[str, Stored]:
+    """What a safetensors file holds, by name, half precision as float32 where `dtypes` says so, which is exact.
+
+    Raises:
+        UserError: it is damaged (its header's sizes are not those of the file), or a name occurs twice.
+    """
+    try:
+        file = safe_open(path, framework="numpy")
+        _check_names_occur_once(path)
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is no readable safetensors file ({error}); write or download it again") from None
+    stored = {}
+    for name, header in headers.items():
+        layout = (dtypes.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
+        stored[name] = Stored(name, layout, functools.partial(_array, file, name))
+    return stored
+
+
+def _array(file: Any, name: str) -> np.ndarray:
+    array = file.get_tensor(name)
+    return array.astype(np.float32) if array.itemsize == 2 else array
+
+
+def read_as(layout: Layout, found: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """Reads the tensors, when their names, types and shapes have turned out to be exactly those of `layout`.
+
+    Raises:
+        UserError: it names what is unknown and missing, or the first tensor that differs or is not finite.
+    """
+    theirs = {ours: tensor.name for ours, tensor in found.items()}
+    check_layout(
+        {tensor.name: tensor.layout for tensor in found.values()},
+        {theirs.get(ours, ours): entry for ours, entry in layout.items()},
+    )
+    arrays = {name: tensor.read() for name, tensor in found.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            check_finite(theirs[name], array)
+    return arrays
+
+
+def _check_names_occur_once(path: Path) -> None:
     """safetensors keeps the last of two entries with one name; we refuse both."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         pairs = json.loads(file.read(length), object_pairs_hook=list)
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated:
-        raise UserError(f"tensors stored more than once: {_shortened(repeated)}")
+        raise UserError(f"tensors stored more than once: {shortened(repeated)}")
 
 
-def _shortened(names: Iterable[str], limit: int = 8) -> str:
+def shortened(names: Iterable[str], limit: int = 3) -> str:
+    """The first of these names, for a message of one line."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "none") + more

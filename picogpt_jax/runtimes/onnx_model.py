@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, command, errors_in
 from picogpt_jax.int8.int8_model import Quantization, config_from_json
 from picogpt_jax.runtimes.onnx_session import Session
 from picogpt_jax.text.reading import vocabulary_from_json
@@ -71,7 +71,8 @@ class OnnxGPT:
         """
         path = Path(folder) / MODEL_FILE
         if not path.is_file():
-            raise UserError(f"{path} does not exist; make it with: scripts/convert.py --input=INT8 --to=onnx")
+            make = command("scripts/convert.py", input="INT8_FOLDER", to="onnx", output=folder)
+            raise UserError(f"{path} does not exist; make it with: {make}")
         with errors_in(path):
             return cls(path, threads)
 

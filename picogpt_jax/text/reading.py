@@ -9,7 +9,7 @@ from typing import Any
 
 from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import read_json
-from picogpt_jax.text.tokenizer import TOKENIZER_FILE, TokenizerVocabulary, read_tokenizer
+from picogpt_jax.text.tokenizer import TokenizerVocabulary, has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
 
 MAX_PICKLE_BYTES = 16 << 20
@@ -62,7 +62,7 @@ def vocabulary_of_data(data_dir: str | os.PathLike[str], size: int | None = None
         return load_vocabulary(data_dir / "meta.json")
     if (data_dir / "meta.pkl").exists():
         return _from_pickle(data_dir / "meta.pkl", token_ids)
-    if (data_dir / TOKENIZER_FILE).exists():
+    if has_tokenizer(data_dir):
         return read_tokenizer(data_dir, size)
     only_tokens = token_ids and (data_dir / "train.bin").is_file()
     if only_tokens and size is not None:

@@ -23,6 +23,8 @@ from picogpt_jax.files import read_json
 from picogpt_jax.text.vocabulary import MAX_SIZE, Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
+OLDER_FILES = ("vocab.json", "merges.txt")  # GPT-2's own, which tokenizer.json came after
+END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,9 @@ class TokenizerVocabulary(Vocabulary):
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
+        library = _library()
         try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ImportError(
-                "this vocabulary needs tokenizers; install it with: pip install 'picogpt_jax[huggingface]'"
-            ) from error
-        try:
-            tokenizer = Tokenizer.from_str(self.definition)
+            tokenizer = library.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"the tokenizer is damaged ({error}); save it again with tokenizers") from None
         tokenizer.no_truncation()
@@ -98,8 +95,12 @@ class TokenizerVocabulary(Vocabulary):
             found = _section(definition, name, source).get("type")
             if found != expected:
                 raise UserError(f"{source}: {name} is {found!r}; expected {expected!r}, as GPT-2's tokenizer has it")
-        if definition.get("normalizer") is not None or model.get("dropout") is not None:
-            raise UserError(f"{source}: a normalizer, or BPE dropout, changes the text; expected neither")
+        places = {"normalizer": definition, "add_prefix_space": definition["pre_tokenizer"]}
+        places |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"), model)
+        for name, section in places.items():
+            if value := section.get(name):
+                found, neutral = json.dumps(value)[:60], "false" if value is True else "null"
+                raise UserError(f"{source}: {name} is {found}: no text comes back as it was; set it to {neutral} there")
         ids = dict(_vocab(model, source))
         added = definition.get("added_tokens") or []
         is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
@@ -113,8 +114,14 @@ class TokenizerVocabulary(Vocabulary):
         return vocabulary
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a `tokenizer.json`, or GPT-2's vocab.json and merges.txt."""
+    older = all((Path(folder) / name).is_file() for name in OLDER_FILES)
+    return older or (Path(folder) / TOKENIZER_FILE).is_file()
+
+
 def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabulary:
-    """The vocabulary of a folder's `tokenizer.json`.
+    """The vocabulary of a folder's `tokenizer.json`, or of its vocab.json and merges.txt.
 
     Args:
         size: of the model's table of tokens; None: as large as the tokenizer needs.
@@ -123,9 +130,8 @@ def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabula
         UserError: the file is missing, damaged, of another kind, or does not fit into `size`.
     """
     path = Path(folder) / TOKENIZER_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} has no {TOKENIZER_FILE}; save one there with transformers' save_pretrained")
-    definition, source = read_json(path), str(path)
+    older = has_tokenizer(folder) and not path.is_file()
+    definition, source = (_of_older_files(folder), str(folder)) if older else (read_json(path), str(path))
     model = _section(definition, "model", source)
     plain = not any(definition.get(name) for name in ("pre_tokenizer", "normalizer", "added_tokens"))
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
@@ -133,6 +139,36 @@ def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabula
         with errors_in(source):
             return Vocabulary(_table(vocab, len(vocab), source))
     return TokenizerVocabulary.from_definition(definition, size, source)
+
+
+def _of_older_files(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer.json that transformers makes of GPT-2's own files."""
+    library = _library()
+    optional = (Path(folder) / name for name in ("added_tokens.json", "tokenizer_config.json"))
+    added, settings = (read_json(path) if path.is_file() else {} for path in optional)
+    prefix = settings.get("add_prefix_space", False) if isinstance(settings, dict) else False
+    try:
+        model = library.models.BPE.from_file(*(str(Path(folder) / name) for name in OLDER_FILES))
+        tokenizer = library.Tokenizer(model)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        ids = {END_OF_TEXT: tokenizer.token_to_id(END_OF_TEXT)} | added
+        tokenizer.add_special_tokens(sorted((token for token in ids if ids[token] is not None), key=ids.__getitem__))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{folder}: {' and '.join(OLDER_FILES)} are damaged ({error}); download them again") from None
+    if any(tokenizer.token_to_id(token) != index for token, index in ids.items()):
+        raise UserError(f"{folder}: the ids of added_tokens.json do not follow those of vocab.json; download it again")
+    return json.loads(tokenizer.to_str())
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "this vocabulary needs tokenizers; install it with: pip install 'picogpt_jax[huggingface]'"
+        ) from error
+    return tokenizers
 
 
 def _section(definition: Any, name: str, source: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import RunScript
+from conftest import ROOT, RunScript
 from test_convert import DEFAULT, OTHER, model_of
 from test_import_huggingface import random_gpt2
 from test_int8_model import random_model
@@ -330,20 +331,24 @@ def test_from_nanogpts_file_to_an_int8_model_by_commands(tmp_path: Path, data_di
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
 
-    to_checkpoint = ("--input=ckpt.pt", "--to=checkpoint", "--output=run")
-    assert "wrote run: " in run("convert", *to_checkpoint, "--data=data")
-    finetune = (f"--config={Path(__file__).parents[2] / 'configs/finetune.py'}", "--workdir=run")
+    data_dir = data_dir.rename(tmp_path / "its data")
+    to_checkpoint = ("--input=ckpt.pt", "--to=checkpoint", "--output=a run")
+    told = run("convert", *to_checkpoint, f"--data={data_dir.name}")
+    assert "wrote a run: " in told
+    python, script, *flags = shlex.split(told.partition("train it with: ")[2])
+    assert (python, Path(script), len(flags)) == ("python", ROOT / "scripts/train.py", 3)
     short = ("--config.train.max_iters=2", "--config.train.eval_iters=1", "--config.train.log_interval=1")
-    told = run("train", *finetune, "--config.data.dir=data", *short, "--config.model.dropout=0.0")
-    assert "starting from the parameters imported into run" in told
-    stored = json.loads((tmp_path / "run/config.json").read_text())
+    told = run("train", *flags, *short, "--config.model.dropout=0.0")
+    assert "starting from the parameters imported into a run" in told
+    stored = json.loads((tmp_path / "a run/config.json").read_text())
     assert stored["model"] == vars(load_float_checkpoint(tmp_path / "ckpt.pt").model) | {"dropout": 0.0}
-    nowhere = run("train", finetune[0], "--workdir=none", "--config.data.dir=data", status=2)
+    assert stored["data"]["dir"] == data_dir.name
+    nowhere = run("train", flags[0], "--workdir=none", f"--config.data.dir={data_dir.name}", status=2)
     assert "leaves model.activation, model.bias, " in nowhere
-    assert "to --workdir=none, which holds no model; import one with scripts/convert.py" in nowhere
+    assert "to --workdir=none, which holds no model; import one with: python " in nowhere
 
-    assert "trained with quantization (QAT)" in run("quantize", "--workdir=run", "--output=run/int8")
-    assert load_int8_model(tmp_path / "run/int8").training["step"] == 2
+    assert "trained with quantization (QAT)" in run("quantize", "--workdir=a run", "--output=int8")
+    assert load_int8_model(tmp_path / "int8").training["step"] == 2
 
 
 def test_an_imported_gpt2_speaks_and_is_measured_in_text(tmp_path: Path, run_script: RunScript) -> None:

@@ -1,8 +1,10 @@
 """Float PyTorch checkpoints: as nanoGPT and picoGPT write and load them, and what is refused."""
 
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch.ao import quantization
 from picogpt_jax.benchmarks import torch_baseline
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
+from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
 from picogpt_jax.formats.torch_checkpoint import load_float_checkpoint, save_float_checkpoint
 from picogpt_jax.int8.int8_model import Int8Model
 
@@ -41,15 +44,9 @@ def float_tensors(model: Int8Model) -> dict[str, np.ndarray]:
 
 def save_float(path: Path, **changes: Any) -> Int8Model:
     model = random_model(**changes)
-    save_float_checkpoint(
-        model.model,
-        float_tensors(model),
-        path,
-        iter_num=250,
-        best_val_loss=1.5,
-        config={"dataset": "shakespeare_char"},
-        vocabulary=model.vocabulary,
-    )
+    config = {"dataset": "shakespeare_char"}
+    checkpoint = FloatCheckpoint(model.model, float_tensors(model), 250, 1.5, config, model.vocabulary)
+    save_float_checkpoint(checkpoint, path)
     return model
 
 
@@ -135,6 +132,68 @@ def test_nanogpts_own_file_is_read(tmp_path: Path, prefix: str, bias: bool) -> N
         np.testing.assert_array_equal(array, theirs.state_dict()[name], err_msg=name)
 
 
+def only_model_and_heads(content: dict[str, Any]) -> None:
+    heads = content["model_args"]["n_head"]
+    for key in set(content) - {"model"}:
+        del content[key]
+    content["model_args"] = {"n_head": heads}
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.update(model={change(name): tensor for name, tensor in content["model"].items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        only_model_and_heads,
+        drop("model", "lm_head.weight"),
+        drop("model", "transformer.wte.weight"),
+        renamed(lambda name: f"module.{name}"),
+        renamed(lambda name: f"_orig_mod.module.{name}"),
+        renamed(lambda name: f"module._orig_mod.{name}"),
+        renamed(lambda name: name.replace(".h.0.", ".h.0._orig_mod.")),
+        renamed(lambda name: name.replace(".attn.", "._fsdp_wrapped_module.attn.")),
+        renamed(lambda name: name.removeprefix("transformer.")),
+        lambda content: content["model"].update({"transformer.h.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=bool)}),
+    ],
+    ids=[
+        "only what is needed",
+        "no head",
+        "only the head",
+        "ddp",
+        "compiled",
+        "wrapped",
+        "block",
+        "fsdp",
+        "trunk",
+        "mask",
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_other_programs_leave_out_or_put_before_names(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], bias: bool
+) -> None:
+    model = save_float(tmp_path / "ckpt.pt", bias=bias)
+    rewrite(tmp_path / "ckpt.pt", change)
+    loaded = load_float_checkpoint(tmp_path / "ckpt.pt")
+    assert loaded.model == model.model
+    assert loaded.tensors.keys() == float_tensors(model).keys()
+    for name, array in float_tensors(model).items():
+        np.testing.assert_array_equal(loaded.tensors[name], array, err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(float_file: Path, dtype: torch.dtype) -> None:
+    rewrite(float_file, lambda content: content.update(model={x: y.to(dtype) for x, y in content["model"].items()}))
+    stored = torch.load(float_file, weights_only=True)["model"]
+    for name, array in load_float_checkpoint(float_file).tensors.items():
+        assert stored[name].dtype == dtype
+        np.testing.assert_array_equal(
+            array, stored[name].double().numpy().astype(np.float32), err_msg=name, strict=True
+        )
+
+
 def test_a_float_file_gives_back_the_same_model(tmp_path: Path) -> None:
     model = save_float(tmp_path / "ckpt.pt", mlp_ratio=4, bias=True)
     loaded = load_float_checkpoint(tmp_path / "ckpt.pt")
@@ -147,27 +206,35 @@ def test_a_float_file_gives_back_the_same_model(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (drop("model", "transformer.ln_f.weight"), "missing tensors: transformer.ln_f.weight"),
-        (drop("model", "lm_head.weight"), "missing tensors: lm_head.weight"),
         (
             drop("model", "transformer.h.0.mlp.c_fc.weight"),
-            r"c_fc.weight is missing; expected \[a multiple of 32, 32\]",
+            r"there is no matrix transformer.h.0.mlp.c_fc.weight, which every GPT-2 has; the tensors are: lm_head.w",
         ),
         (put("model", transformer__h__0__mlp__c_fc__weight=torch.ones(65, 32)), r"c_fc.weight is of shape \[65, 32\]"),
-        (put("model", transformer__ln_f__bias=torch.zeros(32)), "unknown tensors: transformer.ln_f.bias"),
+        (put("model", transformer__wte__weight=torch.ones(65)), "there is no matrix transformer.wte.weight"),
+        (put("model", transformer__ln_f__bias=torch.zeros(32)), "model_args says bias=False, the tensors True; "),
+        (put("model", ln_f__weight=torch.zeros(32)), "transformer.ln_f.weight and ln_f.weight are one tensor, stored"),
+        (put("model", extra__weight=torch.zeros(32)), "unknown tensors: extra.weight; missing tensors: none"),
         (put("model", transformer__ln_f__weight=torch.zeros(31)), r"is float32 \[31\]; expected float32 \[32\]"),
-        (put("model", transformer__ln_f__weight=torch.zeros(32).double()), "ln_f.weight is torch.float64"),
+        (
+            put("model", transformer__ln_f__weight=torch.zeros(32).double()),
+            "ln_f.weight is float64 .*; expected flo",
+        ),
         (put("model", transformer__ln_f__weight=torch.full((32,), torch.inf)), "ln_f.weight holds values that are not"),
         (put("model", lm_head__weight=torch.zeros(11, 32)), "lm_head.weight differs from transformer.wte.weight"),
-        (put("model", _orig_mod__lm_head__weight=torch.zeros(11, 32)), "tensors occur twice"),
-        (drop("model_args", "bias"), r"model_args lacks the keys \['bias'\]"),
-        (put("model_args", colour="red"), r"model_args has unknown keys \['colour'\]"),
-        (put("model_args", n_layer=1 << 19), "n_layer=524288, but there are only 16 tensors"),
-        (put("model_args", n_embd=-32), "n_embd=-32 is not between"),
+        (put("model", _orig_mod__lm_head__weight=torch.zeros(11, 32)), "are one tensor, stored twice"),
+        (put("model_args", colour="red"), "model_args has the unknown keys colour; it knows n_layer, n_head, n_embd"),
+        (put("model_args", n_layer=1 << 19), "model_args says n_layer=524288, the tensors 2; write it again with: "),
+        (put("model_args", n_embd=-32), "model_args says n_embd=-32, the tensors 32; .*n_embd=32, n_head=N_HEAD"),
+        (
+            put("model", transformer__h__9999999__ln_1__weight=torch.ones(1)),
+            "model_args says n_layer=2, the tensors 1",
+        ),
+        (lambda content: content.update(model_args=[]), "model_args is a list; expected a dict"),
         (put("model_args", n_head="4"), "n_head='4' is a str"),
         (lambda content: content.update(best_val_loss="low"), "best_val_loss is str; expected a number"),
         (lambda content: content.update(config=torch.ones(1)), "config holds a Tensor; expected plain values"),
         (lambda content: content.update(model=None), "model is a NoneType; expected a dict"),
-        (lambda content: content.pop("iter_num"), r"the file lacks the keys \['iter_num'\]"),
     ],
 )
 def test_a_wrong_float_file_is_refused(
@@ -178,19 +245,64 @@ def test_a_wrong_float_file_is_refused(
         load_float_checkpoint(float_file)
 
 
+@pytest.mark.parametrize("change", ["bare", "no model_args", "no n_head", "wrong width", "wrong depth"])
+def test_a_file_that_lacks_or_contradicts_sizes_says_how_to_write_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a 'file'.pt"
+    model = save_float(path)
+    content = torch.load(path, weights_only=True)
+    if change == "bare":
+        content = content["model"]
+    elif change == "no model_args":
+        del content["model_args"]
+    elif change == "no n_head":
+        content["model_args"] = {"dropout": 0.0}
+    else:
+        content["model_args"] |= {"n_embd": 64} if change == "wrong width" else {"n_layer": 3}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="write it again with: python -c ") as told:
+        load_float_checkpoint(path)
+    assert len(str(told.value)) < 300 + 2 * len(str(path))
+    python, option, code = shlex.split(str(told.value).partition("write it again with: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code.replace("N_HEAD", "4"), {})
+    loaded = load_float_checkpoint(tmp_path / "a 'file'.fixed.pt")
+    assert loaded.model == model.model
+    for name, array in float_tensors(model).items():
+        np.testing.assert_array_equal(loaded.tensors[name], array, err_msg=name, strict=True)
+
+
+class GPTConfig:
+    """As build-nanogpt's, an object of which its log/model_*.pt holds one."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def test_a_file_with_an_object_names_it_and_says_what_to_save(
+    float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = {key: value for key, value in MODEL_ARGS.items() if key not in ("bias", "dropout")}
+    state = torch.load(float_file, weights_only=True)["model"]
+    torch.save({"model": state, "config": GPTConfig(**args), "step": 3, "val_loss": 1.5}, tmp_path / "log.pt")
+    with pytest.raises(UserError, match=r"log.pt holds a Python object, \S*GPTConfig; these are never") as told:
+        load_float_checkpoint(tmp_path / "log.pt")
+    assert len(str(told.value)) < 300 + len(str(tmp_path))
+    code = str(told.value).partition("save instead: ")[2].removesuffix(" ('gelu': the exact one)")
+    theirs = SimpleNamespace(state_dict=lambda: state, config=GPTConfig(**args))
+    exec(code, {"torch": torch, "model": theirs})
+    loaded = load_float_checkpoint(tmp_path / "ckpt.pt").model
+    assert loaded == ModelConfig(**MODEL_ARGS, mlp_ratio=2, activation="gelu_tanh", layer_norm_epsilon=1e-5)
+
+
 def test_wrong_tensors_are_not_saved(tmp_path: Path) -> None:
     model = random_model()
     tensors = float_tensors(model) | {"lm_head.weight": np.zeros((11, 32), np.float32)}
     with pytest.raises(UserError, match=r"unknown tensors: lm_head\.weight"):
-        save_float_checkpoint(
-            model.model,
-            tensors,
-            tmp_path / "x.pt",
-            iter_num=0,
-            best_val_loss=0.0,
-            config={},
-            vocabulary=model.vocabulary,
-        )
+        save_float_checkpoint(FloatCheckpoint(model.model, tensors), tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +310,7 @@ def test_wrong_tensors_are_not_saved(tmp_path: Path) -> None:
     [
         ({"activation": "relu"}, "model.activation='relu', but picoGPT and nanoGPT compute 'gelu' only"),
         ({"activation": "gelu_tanh"}, "model.activation='gelu_tanh'"),
-        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT use 1e-05 only"),
+        ({"layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon=1e-06, but picoGPT and nanoGPT compute 1e-05 only"),
     ],
 )
 def test_what_picogpt_cannot_compute_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:

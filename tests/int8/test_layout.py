@@ -50,7 +50,7 @@ def test_the_expected_layout_passes() -> None:
         ({**EXPECTED, "c": EXPECTED["b"]}, r"unknown tensors: c; missing tensors: none$"),
         ({**EXPECTED, "a": ("float32", (3, 2))}, r"a is float32 \[3, 2\]; expected float32 \[2, 3\]$"),
         ({**EXPECTED, "b": ("uint8", (4,))}, r"b is uint8 \[4\]; expected int8 \[4\]$"),
-        ({**EXPECTED, **{f"x{i}": EXPECTED["b"] for i in range(10)}}, r"x0, .*x7 and 2 more; missing tensors: none$"),
+        ({**EXPECTED, **{f"x{i}": EXPECTED["b"] for i in range(10)}}, r"x0, x1, x2 and 7 more; missing tensors: none$"),
     ],
 )
 def test_any_other_layout_is_refused(found: Layout, message: str) -> None:

@@ -213,11 +213,11 @@ def test_the_scripts_export_sample_and_evaluate(run_script: RunScript, tmp_path:
     [
         (
             "sample.py --model=int8 --runtime=onnx",
-            "takes an ONNX folder, not int8 (int8); make one with: python scripts/c",
+            "takes an ONNX folder, not int8 (int8); make one with: python ",
         ),
         (
             "sample.py --model=onnx --runtime=numpy",
-            "takes an int8 folder, not onnx (onnx); make one with: python scripts/q",
+            "takes an int8 folder, not onnx (onnx); make one with: python ",
         ),
         ("sample.py --model=onnx", "onnx is an ONNX folder, which --runtime=onnx runs; here, give the int8 folder"),
         ("evaluate.py --model=onnx --runtime=torch --data=x", "onnx is an ONNX folder, which --runtime=onnx runs"),

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_of_data
-from picogpt_jax.text.tokenizer import TokenizerVocabulary, read_tokenizer
+from picogpt_jax.text.tokenizer import TokenizerVocabulary, has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import Vocabulary
 
 TEXT = "the quick brown fox, the lazy dog\nand then\tthe théâtre: 猫 🦊 <|endoftext|> x"
@@ -120,6 +120,9 @@ def test_characters_need_no_library(tmp_path: Path) -> None:
     assert "ImportError: this vocabulary needs tokenizers; install it with: pip install" in done.stderr
 
 
+PREFIX_SPACE = DEFINITION["pre_tokenizer"] | {"add_prefix_space": True}
+
+
 def changed(**changes: Any) -> dict[str, Any]:
     return DEFINITION | changes
 
@@ -137,8 +140,10 @@ def with_model(**changes: Any) -> dict[str, Any]:
         (with_model(type="Unigram"), "model is 'Unigram'; expected 'BPE'"),
         (changed(pre_tokenizer={"type": "Split"}), "pre_tokenizer is 'Split'; expected 'ByteLevel'"),
         (changed(decoder=None), "decoder is NoneType; expected a dict"),
-        (changed(normalizer={"type": "Lowercase"}), "a normalizer, or BPE dropout, changes the text"),
-        (with_model(dropout=0.1), "a normalizer, or BPE dropout, changes the text"),
+        (changed(normalizer={"type": "Lowercase"}), "normalizer is .*Lowercase.*; set it to null there"),
+        (with_model(dropout=0.1), r"dropout is 0.1: no text comes back as it was; set it to null"),
+        (with_model(end_of_word_suffix="</w>"), "end_of_word_suffix is .*; set it to null"),
+        (changed(pre_tokenizer=PREFIX_SPACE), "add_prefix_space is true: .*; set it to false"),
         (with_model(vocab=[]), "model.vocab is list; expected a dict"),
         (with_model(vocab={"a": 0, "b": 0}), "token 'b' has the id 0; expected distinct ids below 277"),
         (with_model(vocab={"a": 277}), "token 'a' has the id 277; expected distinct"),
@@ -169,5 +174,46 @@ def test_a_wrong_vocab_json_is_refused(tmp_path: Path, value: Any) -> None:
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no tokenizer.json; save one there with transformers' save_pretrained"):
+    with pytest.raises(UserError, match=r"tokenizer.json does not exist"):
         read_tokenizer(tmp_path, 3)
+
+
+# ---------------------------------------------------------------------------------------------- vocab.json, merges.txt
+
+
+def write_older_files(folder: Path, **others: Any) -> Path:
+    """As GPT-2's tokenizer was published, before there was tokenizer.json; `others`: further JSON files."""
+    model = DEFINITION["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n")
+    for name, value in others.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_gpt2s_own_files_make_the_same_tokenizer(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    folder = tmp_path / "older"
+    folder.mkdir()
+    assert not has_tokenizer(folder)
+    older = read_tokenizer(write_older_files(folder), SIZE)
+    assert has_tokenizer(folder)
+    assert older.encode(TEXT).tolist() == vocabulary.encode(TEXT).tolist()
+    assert older.decode(older.encode(TEXT)) == TEXT
+    assert older.itos == vocabulary.itos
+    assert vocabulary_of_data(folder) == older
+
+
+def test_added_tokens_follow_gpt2s_own(tmp_path: Path) -> None:
+    vocabulary = read_tokenizer(write_older_files(tmp_path, added_tokens={"<pad>": 278, "<sep>": 277}), 280)
+    assert vocabulary.encode("fox<pad><sep>").tolist() == [*vocabulary.encode("fox"), 278, 277]
+    with pytest.raises(UserError, match=r"the ids of added_tokens.json do not follow those of vocab.json"):
+        read_tokenizer(write_older_files(tmp_path, added_tokens={"<pad>": 300}), 400)
+
+
+def test_damaged_or_lossy_older_files_are_refused(tmp_path: Path) -> None:
+    write_older_files(tmp_path, tokenizer_config={"add_prefix_space": True})
+    with pytest.raises(UserError, match=r"add_prefix_space is true"):
+        read_tokenizer(tmp_path, SIZE)
+    (tmp_path / "merges.txt").write_text("no such merge")
+    with pytest.raises(UserError, match=r"vocab.json and merges.txt are damaged \("):
+        read_tokenizer(tmp_path, SIZE)
