@@ -73,9 +73,6 @@ def of_rounded(
     (lhs_contracted,), (rhs_contracted,) = contracted
     if lhs_contracted == last:
         return dot(row_major(lhs), row_major(rhs), dimensions)
-    # The left operand has to be transposed, and either may be the left one: the narrower it is, the less is moved.
-    if rhs_contracted == before and rhs.shape[-1] < lhs.shape[-1]:
-        return dot(row_major(rhs.mT), row_major(lhs), (((last,), (before,)), batch)).mT
     return dot(row_major(lhs.mT), row_major(rhs), (((last,), (rhs_contracted,)), batch))
 
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from picogpt_jax.config import ModelConfig, Remat
 from picogpt_jax.devices.sharding import constrain
-from picogpt_jax.kernels.barriers import materialized, scaled
 from picogpt_jax.kernels.fused_attention import fused as fused_attention
 from picogpt_jax.kernels.int8_product import is_int8_product
 from picogpt_jax.model import attention, rounding
@@ -65,8 +64,7 @@ class LayerNorm(nn.Module):
         def normalize(x: Array, scale: Array, *bias: Array) -> Array:
             centred = x - x.mean(-1, keepdims=True)
             inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-            # As served; and, in training, with a gradient of the scale that is fast on CPU.
-            y = centred * (inverse * scale) if exact else scaled(centred * inverse, scale)
+            y = centred * (inverse * scale) if exact else centred * inverse * scale
             return y + bias[0] if bias else y
 
         rows = [as_row(vector, x.ndim) for vector in vectors]
@@ -74,27 +72,11 @@ class LayerNorm(nn.Module):
         return y.astype(self.numerics.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
-    """q, k and v of each head, from one array of width E = 3 C.
-
-    Its gradient is written as one concatenation that is stored: the derivative JAX would make adds three padded arrays,
-    and the compiler would do so inside both products that read them.
-    """
+    """q, k and v of each head, from one array of width E = 3 C."""
     batch, time, width = qkv_BTE.shape
     qkv_3BHTD = qkv_BTE.reshape(batch, time, 3, n_head, width // (3 * n_head)).transpose(2, 0, 3, 1, 4)
     return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
-
-
-def _merge_gradients(
-    n_head: int, _: None, gradients: tuple[Float[Array, "B H T D"], ...]
-) -> tuple[Float[Array, "B T E"]]:
-    batch, heads, time, head_size = gradients[0].shape
-    flat = [gradient.transpose(0, 2, 1, 3).reshape(batch, time, heads * head_size) for gradient in gradients]
-    return (lax.optimization_barrier(jnp.concatenate(flat, axis=-1)),)
-
-
-split_heads.defvjp(lambda qkv_BTE, n_head: (split_heads(qkv_BTE, n_head), None), _merge_gradients)
 
 
 def heads_of_parts(qkv_BT3C: Float[Array, "B T 3 C"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
@@ -196,10 +178,9 @@ class Block(nn.Module):
         y_BTC, updated = Attention(config, numerics, name="attn")(normed_BTC, key, cache, last_only)
         x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
         x_BTC = constrain(x_BTC, "batch", None, None)
-        x_BTC = x_BTC if numerics.exact else materialized(x_BTC)
         x_BTC = x_BTC + MLP(config, numerics, name="mlp")(LayerNorm(config, numerics, name="ln_2")(x_BTC), key)
         x_BTC = constrain(x_BTC, "batch", None, None)
-        return x_BTC if numerics.exact else materialized(x_BTC), updated
+        return x_BTC, updated
 
 
 class GPT(nn.Module):
@@ -258,7 +239,6 @@ class GPT(nn.Module):
         # From tables split along their width, rows come in parts; then each goes whole to its device.
         x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
-        x_BTC = x_BTC if self.numerics.exact else materialized(x_BTC)
         updates: list[Any] = []
         if self.scan or self.remat != "none":
             if cache is not None or keep_cache or last_only:

@@ -21,6 +21,7 @@ from picogpt_jax.formats.sources import load_float
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 
 DEFAULT: dict[str, Any] = dict(bias=False, activation="gelu")
 OTHER: dict[str, Any] = dict(
@@ -48,7 +49,7 @@ def logits_of(network: Any, tokens_BT: np.ndarray) -> np.ndarray:
 
 def our_logits(config: Any, arrays: dict[str, np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
     """The float forward pass, of JAX."""
-    network = GPT(config, convert.FLOAT, "float")
+    network = GPT(config, Numerics(convert.FLOAT, "float"))
     variables = {"params": convert.params_from_arrays(config, arrays)}
     return np.asarray(jax.jit(network.apply)(variables, tokens_BT.astype(np.int32)))
 

@@ -18,6 +18,7 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_huggingface
 from picogpt_jax.int8 import convert
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 
 SMALL: dict[str, Any] = dict(vocab_size=11, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.2)
 TENSORS = "model.safetensors"
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def our_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray:
     config, tensors = load_huggingface(folder)
-    network = GPT(config, convert.FLOAT, "float")
+    network = GPT(config, Numerics(convert.FLOAT, "float"))
     variables = {"params": convert.params_from_arrays(config, tensors)}
     return np.asarray(jax.jit(network.apply)(variables, tokens_BT.astype(np.int32)))
 

@@ -130,12 +130,12 @@ def test_the_stored_model_gives_the_logits_of_training(tmp_path: Path, config: C
         return np.asarray(jax.jit(network.apply, compiler_options=compiler_options())(variables, tokens))
 
     trained = logits(GPT(config.model, Numerics(config.quant, "train")), {"params": params_of(config)})
-    served = logits(GPT(model.model, convert.serving_quant(model), "serve"), convert.serving_variables(model))
+    served = logits(GPT(model.model, Numerics(convert.serving_quant(model), "serve")), convert.serving_variables(model))
     if config.quant.activation_bits == 8:
         np.testing.assert_array_equal(served, trained)  # integers have one sum, in whatever order
     else:
         np.testing.assert_allclose(served, trained, rtol=0, atol=1e-5)
-    in_float = logits(GPT(config.model, convert.FLOAT, "float"), {"params": params_of(config)})
+    in_float = logits(GPT(config.model, Numerics(convert.FLOAT, "float")), {"params": params_of(config)})
     assert np.abs(in_float - trained).max() > 1e-2, "a control: without quantization the logits differ"
 
 

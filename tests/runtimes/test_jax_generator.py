@@ -16,6 +16,7 @@ from picogpt_jax.devices.sharding import batch_sharding, make_mesh
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import FLOAT, params_from_arrays, serving_quant, serving_variables
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes import jax_generator as generate_module
 from picogpt_jax.runtimes.jax_generator import TOKENS_PER_DISPATCH, Generator, Overflow, draw, gumbel_noise
 from picogpt_jax.runtimes.torch_model import Int8GPT
@@ -57,9 +58,9 @@ def prompts(rows: int, length: int, seed: int = 0) -> np.ndarray:
 def whole_pass(kind: Kind) -> Any:
     """tokens int32 [1, BLOCK] -> logits [1, BLOCK, V], without a cache."""
     if kind == "int8":
-        network, variables = GPT(MODEL.model, serving_quant(MODEL), "serve"), serving_variables(MODEL)
+        network, variables = GPT(MODEL.model, Numerics(serving_quant(MODEL), "serve")), serving_variables(MODEL)
     else:
-        network, variables = GPT(MODEL.model, FLOAT, "float"), {"params": float_params()}
+        network, variables = GPT(MODEL.model, Numerics(FLOAT, "float")), {"params": float_params()}
     return jax.jit(functools.partial(network.apply, variables), compiler_options=compiler_options())
 
 

@@ -19,6 +19,7 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import serving_quant, serving_variables
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json, save_int8_model
 from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.numpy_model import EXACT_FEATURES, Int8Matrix, NumpyGPT, erf, gelu, quantize
 
 VARIANTS: list[dict[str, Any]] = [
@@ -43,7 +44,7 @@ def numpy_model(model: Int8Model) -> NumpyGPT:
 
 def jax_logits(model: Int8Model, tokens_BT: np.ndarray) -> np.ndarray:
     """The serving pass of the model that was trained."""
-    network = GPT(model.model, serving_quant(model), "serve")
+    network = GPT(model.model, Numerics(serving_quant(model), "serve"))
     return np.asarray(jax.jit(network.apply)(serving_variables(model), tokens_BT.astype(np.int32)))
 
 

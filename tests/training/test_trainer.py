@@ -140,16 +140,6 @@ def operand_types(jaxpr: Any) -> Iterator[str]:
             yield from operand_types(inner)
 
 
-def test_only_a_cpu_is_told_what_to_store() -> None:
-    """Accelerators keep the one barrier of `split_heads`."""
-    trainer = Trainer(tiny_config())
-    program = trainer.steps.trace(trainer.abstract_state, None, placed(trainer), "train")
-    barriers = [
-        program.lower(lowering_platforms=(name,)).as_text().count("optimization_barrier") for name in ("cpu", "tpu")
-    ]
-    assert barriers == [10, 1]
-
-
 def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
     trainer = Trainer(tiny_config(train__dtype="float16"))
     before = trainer.init()
