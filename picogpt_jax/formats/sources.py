@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from picogpt_jax.config import Config, ModelConfig, QuantConfig
 from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.formats.huggingface import without_padding
 from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_huggingface
 from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
@@ -271,6 +272,7 @@ def _load_huggingface(path: str | os.PathLike[str], data_dir: str | os.PathLike[
         vocabulary = read_tokenizer(path, config.vocab_size)
     else:
         vocabulary = vocabulary_of_data(data_dir, config.vocab_size, token_ids=False)
+    config, tensors = without_padding(config, tensors, vocabulary)
     params = params_from_arrays(config, tensors)
     return FloatModel(
         config=config, run=None, quant=FLOAT, params=params, vocabulary=vocabulary, step=0, val_loss=None, qat=False

@@ -31,7 +31,7 @@ except ImportError as error:
 from picogpt_jax.devices.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni, is_small_call
 from picogpt_jax.errors import UserError
 
-LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
+LOGS_ERRORS = 3  # not warnings: of a file of an earlier release, one is about an optional input
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
 SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
 

@@ -36,9 +36,10 @@ def test_tokenizers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
 
 def test_transformers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, VOCABULARY))
-    assert len(tokenizer) == VOCABULARY.size
+    assert len(tokenizer) == VOCABULARY.size + 1
     assert tokenizer.model_max_length == 1024
-    assert tokenizer.all_special_tokens == []
+    assert tokenizer.all_special_tokens == ["<pad>"]
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (VOCABULARY.size, "left")
     for text in (TEXT, TEXT[::-1], *VOCABULARY.itos):
         ids = tokenizer(text)["input_ids"]
         assert ids == VOCABULARY.encode(text).tolist(), ascii(text)
@@ -64,7 +65,7 @@ def test_a_long_text_and_any_order_of_the_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("char", ["z", "é", "\n", "🙂"])
 def test_a_character_outside_the_vocabulary_raises(tmp_path: Path, char: str) -> None:
     folder = write(tmp_path, Vocabulary.from_text("abc "))
-    message = r"Unk token `\[character outside the vocabulary\]` not found in the vocabulary"
+    message = r"Unk token `\[a character that is none of the 4 of this model: ' abc'\]` not found"
     with pytest.raises(Exception, match=message):  # the library raises a bare Exception
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode(f"ab{char}c")
     with pytest.raises(Exception, match=message):
