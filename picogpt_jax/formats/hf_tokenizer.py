@@ -5,8 +5,7 @@ split, added or stripped, so `decode(encode(text)) == text`. A character outside
 not found in the vocabulary`): no id could stand for it, and without an unknown token it would vanish silently. The
 library's message holds the unknown token's name alone, so that name says which characters there are.
 
-The shorter texts of a batch are padded on the left, by a token that no text holds: see `padding`. It stands in
-tokenizer_config.json alone, from where transformers gives it the first free id.
+The shorter texts of a batch are padded on the left, by a token that no text holds: see `padding`.
 """
 
 import json
@@ -17,7 +16,7 @@ from picogpt_jax.text.vocabulary import Vocabulary
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
-PAD_TOKEN = "<pad>"
+PAD_TOKEN = "\u27e8pad\u27e9"  # in brackets that hardly any text has, where it would be found
 NAMED_CHARACTERS = 200  # at most, in a message
 
 
@@ -72,11 +71,12 @@ def _of_characters(vocabulary: Vocabulary) -> dict[str, Any]:
         "vocab": {char: index for index, char in enumerate(vocabulary.itos)},
         "merges": [],
     }
+    pad = {"id": padding(vocabulary)[1], "content": PAD_TOKEN, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": [pad | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
         "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": None,

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_tokenizer import PAD_TOKEN, tokenizer_files
 from picogpt_jax.text.vocabulary import Vocabulary
 
 # What a tokenizer may touch: spaces at the ends and in a row, a space before a full stop, contractions, line endings,
@@ -26,7 +26,8 @@ def write(folder: Path, vocabulary: Vocabulary, block_size: int = 1024) -> Path:
 
 def test_tokenizers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(write(tmp_path, VOCABULARY) / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == VOCABULARY.size
+    assert tokenizer.get_vocab_size() == VOCABULARY.size + 1
+    assert tokenizer.token_to_id(PAD_TOKEN) == VOCABULARY.size
     for text in (TEXT, TEXT[::-1], "", *VOCABULARY.itos):
         encoding = tokenizer.encode(text)
         assert encoding.ids == VOCABULARY.encode(text).tolist(), ascii(text)
@@ -38,7 +39,7 @@ def test_transformers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, VOCABULARY))
     assert len(tokenizer) == VOCABULARY.size + 1
     assert tokenizer.model_max_length == 1024
-    assert tokenizer.all_special_tokens == ["<pad>"]
+    assert tokenizer.all_special_tokens == [PAD_TOKEN]
     assert (tokenizer.pad_token_id, tokenizer.padding_side) == (VOCABULARY.size, "left")
     for text in (TEXT, TEXT[::-1], *VOCABULARY.itos):
         ids = tokenizer(text)["input_ids"]
