@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from picogpt_jax import cli
+from picogpt_jax.errors import UserError
+
 SCRIPT = textwrap.dedent(
     '''
     """A script."""
@@ -126,3 +129,14 @@ def test_help_explains_every_flag(run: Run) -> None:
     assert "--count" in done.stdout
     assert "How many." in done.stdout
     assert done.stderr == ""
+
+
+def test_what_another_runtime_would_not_obey_is_refused() -> None:
+    for obeyed in (("jax", "gpu", 4), ("torch", "auto", 1), ("numpy", "cpu")):
+        cli.check_device_flags(*obeyed)
+    with pytest.raises(
+        UserError, match=r"--device=gpu is for --runtime=jax; torch computes on one CPU: leave the flag"
+    ):
+        cli.check_device_flags("torch", "gpu")
+    with pytest.raises(UserError, match=r"--tensor=2 is for --runtime=jax; onnx computes"):
+        cli.check_device_flags("onnx", "auto", 2)

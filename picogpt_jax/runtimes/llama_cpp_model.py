@@ -23,6 +23,7 @@ except ImportError as error:
         "this needs llama-cpp-python; install it, which compiles it, with: pip install 'picogpt_jax[llama-cpp]'"
     ) from error
 
+from picogpt_jax.devices.cpu import has_amx_int8
 from picogpt_jax.errors import UserError
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -37,6 +38,21 @@ def _log(level: int, text: bytes, user_data: Any) -> None:
         errors.append(text.decode(errors="replace").strip())
 
 
+default_parameters = llama_cpp.llama_cpp.llama_model_default_params
+
+
+def _parameters() -> Any:
+    """Of a model; `Llama` has no argument for this one.
+
+    Virtual machines may show AMX and forbid it: a product with weights that were repacked for it ends the process.
+    """
+    parameters = default_parameters()
+    if has_amx_int8():
+        parameters.use_extra_bufts = False
+    return parameters
+
+
+llama_cpp.llama_cpp.llama_model_default_params = _parameters
 llama_cpp.llama_log_set(_log, ctypes.c_void_p())  # its log would stand between the text on the terminal
 
 
