@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.loop import losses
 from picogpt_jax.text.batches import evaluation_windows, padded_windows
 from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
 
@@ -167,12 +168,6 @@ def agreement(
             result.largest_difference = max(result.largest_difference, difference)
             result.same_next_token += float((logits_NV.argmax(-1) == reference_NV.argmax(-1)).mean()) * share
     return {name: result for name, result in results.items() if name not in failures}
-
-
-def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Negative log-likelihood of each target in nats, [N], in float64."""
-    shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
-    return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
 
 
 def same_texts(

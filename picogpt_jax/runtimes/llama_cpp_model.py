@@ -79,6 +79,8 @@ class LlamaCppGPT:
         UserError: on construction, llama.cpp cannot load the file, or it is no character-level GPT-2.
     """
 
+    windows_at_once = 1
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         threads = max((os.cpu_count() or 1) // 2, 1)  # they spin while they wait: more make a shared machine crawl
         errors.clear()
@@ -104,11 +106,6 @@ class LlamaCppGPT:
     @property
     def vocab_size(self) -> int:
         return self.vocabulary.size
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows that take as long as one: this runtime computes one after the other."""
-        return 1
 
     def new_cache(self, batch: int) -> Seen:
         """A cache of no positions."""

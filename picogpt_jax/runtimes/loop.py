@@ -249,12 +249,16 @@ def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_
 
 
 def _loss_sum(runtime: Runtime[C], data: npt.NDArray[np.integer], window: int) -> float:
-    """Sum of the losses of data[1:] in windows, in float64."""
+    """Sum of the losses of data[1:] in windows."""
     ids = checked_tokens(data, runtime.vocab_size, "the data")
-    logits_NV = runtime.forward(ids[:-1].reshape(-1, window)).reshape(len(ids) - 1, -1).astype(np.float64)
-    shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
-    losses_N = np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(shifted_NV)), ids[1:]]
-    return float(losses_N.sum())
+    logits_BTV = runtime.forward(ids[:-1].reshape(-1, window))
+    return float(losses(logits_BTV.reshape(len(ids) - 1, -1), ids[1:]).sum())
+
+
+def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood of each target in nats, [N], in float64."""
+    shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
+    return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
 
 
 def checked_data(tokens: npt.ArrayLike, block_size: int, limit: int) -> npt.NDArray[np.integer]:

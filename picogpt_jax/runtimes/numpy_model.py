@@ -167,6 +167,8 @@ class NumpyGPT:
         UserError: a setting or a tensor is not what this file computes with.
     """
 
+    windows_at_once = 1
+
     def __init__(self, config: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
         if (config["format"], config["format_version"]) != ("picogpt-int8", 1):
             found = f"{config['format']!r} version {config['format_version']!r}"
@@ -239,11 +241,6 @@ class NumpyGPT:
         weight = self._take(f"{name}.weight", "float32", (self.n_embd,))
         bias = self._take(f"{name}.bias", "float32", (self.n_embd,)) if self.has_bias else None
         return LayerNorm(weight, bias, self.epsilon)
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows that take as long as one: this runtime computes one after the other."""
-        return 1
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache of no positions."""
