@@ -173,10 +173,16 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> Any:
     try:
         if path.stat().st_size > max_bytes:
             raise UserError(f"{path} has {path.stat().st_size} bytes; at most {max_bytes} were expected")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # more than 64 bits: no size, and too long for a message
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)

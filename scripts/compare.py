@@ -45,8 +45,6 @@ NEEDS = {
 }
 START = "\n"  # the prompt of the timed sample, where the vocabulary has it
 
-Passes = tuple[compare.Forward, compare.Continue]
-
 
 def main() -> None:
     if MODEL.value is None or DATA.value is None or OUTPUT.value is None:
@@ -54,21 +52,35 @@ def main() -> None:
     runtimes = chosen_runtimes()
     model = load_int8_model(MODEL.value)
     ids = open_ids(model)
-    paths = {name: EXPORTS.get(name, lambda _: Path(MODEL.value))(model) for name in runtimes}
-    passes = {name: LOADERS[name](paths[name]) for name in runtimes}
+    failures: dict[str, str] = {}  # runtime -> why it has no figures
+    paths: dict[str, Path] = {}
+    for name in runtimes:
+        try:
+            paths[name] = EXPORTS.get(name, lambda _: Path(MODEL.value))(model)
+        except UserError as error:
+            failures[name] = str(error)
+    processes = {name: compare.Apart(LOADERS[name], path) for name, path in paths.items()}
 
-    forwards = {name: forward for name, (forward, _) in passes.items()}
-    agreements = compare.agreement(forwards, ids, model.model.block_size)
+    forwards = {name: process.passes[0] for name, process in processes.items()}
+    agreements = compare.agreement(forwards, ids, model.model.block_size, failures)
     texts: dict[str, float] = {}
     if PROMPTS.value:
-        continues = {name: go_on for name, (_, go_on) in passes.items()}
-        texts = compare.same_texts(continues, ids, PROMPTS.value, PROMPT_TOKENS.value, NEW_TOKENS.value)
+        continues = {name: process.passes[1] for name, process in processes.items()}
+        texts = compare.same_texts(continues, ids, PROMPTS.value, PROMPT_TOKENS.value, NEW_TOKENS.value, failures)
+    for process in processes.values():
+        process.close()
     rows: list[dict[str, Any]] = []
     for name in runtimes:
-        row = {"runtime": name, "model": str(paths[name]), "bytes": compare.disk_bytes(paths[name])}
-        row |= dataclasses.asdict(agreements[name]) | {"same_texts": texts.get(name)}
-        row["loss_difference"] = agreements[name].loss - agreements[compare.REFERENCE].loss
-        rows.append(row | (time_sample(name, paths[name], model) if SPEED_TOKENS.value else {}))
+        row: dict[str, Any] = {"runtime": name}
+        if name not in failures:
+            row |= {"model": str(paths[name]), "bytes": compare.disk_bytes(paths[name])}
+            row |= dataclasses.asdict(agreements[name]) | {"same_texts": texts.get(name)}
+            row["loss_difference"] = agreements[name].loss - agreements[compare.REFERENCE].loss
+            try:
+                row |= time_sample(name, paths[name], model) if SPEED_TOKENS.value else {}
+            except UserError as error:
+                failures[name] = str(error)
+        rows.append(row | ({"error": failures[name]} if name in failures else {}))
     print(f"{len(ids) - 1:,} targets, {PROMPTS.value} greedy texts of {NEW_TOKENS.value} tokens")
     print(compare.format_table(rows))
     write_json(Path(OUTPUT.value) / "compare.json", {"tokens": len(ids) - 1, "runtimes": rows})
@@ -126,7 +138,7 @@ def export_gguf(model: Int8Model) -> Path:
     return path
 
 
-def load_jax(path: Path) -> Passes:
+def load_jax(path: Path) -> compare.Passes:
     from picogpt_jax.devices.setup import compiler_options, set_up_jax
 
     set_up_jax("cpu", cpu_devices=1)
@@ -147,12 +159,12 @@ def load_jax(path: Path) -> Passes:
     )
 
 
-def load_torch(path: Path) -> Passes:
+def load_torch(path: Path) -> compare.Passes:
     import torch
 
     from picogpt_jax.runtimes.torch_model import Int8GPT
 
-    network = Int8GPT(sources.load_int8(path))
+    network = Int8GPT(load_int8_model(path))
     return (
         lambda tokens_BT: network(torch.from_numpy(tokens_BT)).numpy(),
         lambda prompts_BT, new_tokens: network.generate(
@@ -161,25 +173,25 @@ def load_torch(path: Path) -> Passes:
     )
 
 
-def load_onnx(path: Path) -> Passes:
+def load_onnx(path: Path) -> compare.Passes:
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     return passes_of(OnnxGPT.load(path))
 
 
-def load_numpy(path: Path) -> Passes:
+def load_numpy(path: Path) -> compare.Passes:
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
 
     return passes_of(NumpyGPT.load(path))
 
 
-def passes_of(runtime: Any) -> Passes:
+def passes_of(runtime: Any) -> compare.Passes:
     from picogpt_jax.runtimes.loop import generate
 
     return runtime.forward, lambda prompts_BT, new_tokens: generate(runtime, prompts_BT, new_tokens, temperature=0.0)
 
 
-def load_llama_cpp(path: Path) -> Passes:
+def load_llama_cpp(path: Path) -> compare.Passes:
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     return passes_of(LlamaCppGPT(path))

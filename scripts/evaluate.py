@@ -38,6 +38,7 @@ BATCH_SIZE = 32  # windows computed at once
 def main() -> None:
     if MODEL.value is None or DATA.value is None:
         raise UserError("--model and --data are needed, e.g. --model=runs/debug/int8 --data=data/stdlib_char")
+    cli.check_device_flags(RUNTIME.value, DEVICE.value)
     kind = sources.recognise(MODEL.value)
     is_int8 = kind in ("int8", "torch-int8", "onnx", "gguf")
     if is_int8 and FORWARD.value == "float":

@@ -2,12 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from absl import flags
 
 from picogpt_jax import cli
 from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from picogpt_jax.formats.sources import FloatModel
+
+EXAMPLE_TOKENS = 1024  # whose products are compared
 
 WORKDIR = cli.DEFINE_path(
     "workdir", None, "Workdir of scripts/train.py (its best checkpoint), a float ckpt.pt or a Hugging Face folder."
@@ -48,19 +56,39 @@ def main() -> None:
         "step": source.step,
         "val_loss": source.val_loss,
         "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
-        "quantization_aware": source.qat,
     }
-    model = convert.int8_model(source.config, quant, source.params, source.vocabulary, training)
+    tokens_BT, text = example(source)
+    parts = (source.config, quant, source.params, source.vocabulary, training)
+    model, rows = convert.quantized(*parts, source.qat, tokens_BT)
     save_int8_model(model, OUTPUT.value)
 
-    print(convert.report_table(convert.report(source.params, model)))
+    print(convert.report_table(rows))
+    print(f"products: of {tokens_BT.size:,} tokens of {text}")
     how = "trained with quantization (QAT)" if source.qat else "trained in float: post-training quantization"
+    if source.qat and not model.training["quantization_aware"]:
+        how += ", but its products were bad: quantized anew, with LayerNorm weights in the matrices that follow them"
     size, written = size_report(model), file_bytes(OUTPUT.value)
     print(f"{how}; weights {quant.weight_granularity}, activation_bits {quant.activation_bits}, step {source.step:,}")
     print(
         f"wrote {OUTPUT.value}: {written:,} bytes, {size.float32_bytes / written:.2f}x smaller than "
         f"{size.float32_bytes:,} of float32; {100 * size.int8_share:.2f}% of the parameters are int8"
     )
+
+
+def example(source: "FloatModel") -> tuple[npt.NDArray[np.integer], str]:
+    """Token ids [B, T] to measure on, and what they are: the run's validation text, or any where it is not at hand."""
+    from picogpt_jax.text.batches import Tokens
+    from picogpt_jax.text.reading import vocabulary_of_data
+
+    time = source.config.block_size
+    shape = (max(EXAMPLE_TOKENS // time, 1), time)
+    try:
+        if source.run and source.vocabulary.fits(vocabulary_of_data(source.run.data.dir, source.vocabulary.size)):
+            tokens = Tokens.open(source.run.data.dir, "val", time, source.vocabulary.size)
+            return tokens.windows(np.linspace(0, len(tokens) - time, shape[0]).astype(np.int64), time), str(tokens.path)
+    except UserError:
+        pass  # the text of a run that was trained elsewhere
+    return np.random.default_rng(0).integers(0, source.vocabulary.size, shape), "no text, drawn at random"
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def main() -> None:
     began = time.perf_counter()
     if MODEL.value is None:
         raise UserError("--model is needed: a workdir, an int8 folder or a PyTorch .pt file")
+    cli.check_device_flags(RUNTIME.value, DEVICE.value, TENSOR.value)
     kind = sources.recognise(MODEL.value)
     generate, vocabulary, size = RUNTIMES[RUNTIME.value](kind)
     prompt = vocabulary.encode(start_text(vocabulary), "--start").astype(np.int64)

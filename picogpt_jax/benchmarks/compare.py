@@ -1,15 +1,20 @@
 """One int8 model in every runtime: whether the numbers are the same, and what each runtime costs.
 
 The reference is JAX's int8 pass, which is the network that was trained. All runtimes see the same windows, one batch
-after the other, and their logits are compared target by target. Speed and start are those of `scripts/sample.py`, run
-as a user runs it: a process of its own for each runtime, timed from its start to the characters that it prints.
+after the other, and their logits are compared target by target. Each computes in a process of its own (`Apart`): one
+that ends, as by an instruction that the processor refuses, leaves the others' results. Speed and start are those of
+`scripts/sample.py`, run as a user runs it, timed from its start to the characters that it prints.
 
 Shapes: B windows, T time, V vocabulary.
 """
 
 import codecs
+import contextlib
 import dataclasses
+import functools
+import multiprocessing
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.loop import losses
 from picogpt_jax.text.batches import evaluation_windows, padded_windows
 from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
 
@@ -30,6 +36,71 @@ BATCH_SIZE = 32  # windows computed at once
 Forward = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 # prompts [B, T], new tokens -> the prompts and their likeliest continuations [B, T + new]
 Continue = Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.integer]]
+Passes = tuple[Forward, Continue]
+
+
+class Apart:
+    """A runtime in a process of its own.
+
+    Attributes:
+        passes: its forward pass and its greedy continuation; they raise a UserError where the runtime refuses the model
+            or its process has ended.
+
+    Args:
+        load: gives the passes of a model, in that process, which imports it by its name.
+        path: the model.
+    """
+
+    def __init__(self, load: Callable[[Path], Passes], path: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, load, path), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.passes: Passes = (functools.partial(self._call, 0), functools.partial(self._call, 1))
+
+    def _call(self, which: int, *arguments: Any) -> Any:
+        try:
+            self._pipe.send((which, arguments))
+            result = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+            raise UserError(f"its process {how}") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, load: Callable[[Path], Passes], path: Path) -> None:
+    passes: Passes | None = None
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            which, arguments = pipe.recv()
+            try:
+                passes = passes or load(path)
+                pipe.send(np.asarray(passes[which](*arguments)))
+            except (UserError, ImportError) as error:
+                pipe.send(UserError(str(error)))
+
+
+def _attempt(failures: dict[str, str], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a runtime computes; None where it cannot, which is noted. The reference must."""
+    if name in failures:
+        return None
+    try:
+        return function(*arguments)
+    except UserError as error:
+        if name == REFERENCE:
+            raise UserError(f"{name}, the reference: {error}") from None
+        failures[name] = str(error)
+        return None
 
 
 @dataclasses.dataclass
@@ -66,10 +137,13 @@ class Start:
         return cls(first, (in_all - already) / (last - first) if last > first else 0.0)
 
 
-def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], block_size: int) -> dict[str, Agreement]:
+def agreement(
+    forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], block_size: int, failures: dict[str, str]
+) -> dict[str, Agreement]:
     """Compares every runtime with `forwards[REFERENCE]` in one pass over `ids`, every target once.
 
     Args:
+        failures: runtime -> why it cannot compute; grows. These are left out.
         forwards: runtime -> its forward pass.
         ids: token ids [N]; N - 1 targets.
         block_size: tokens of a window.
@@ -80,31 +154,33 @@ def agreement(forwards: Mapping[str, Forward], ids: npt.NDArray[np.uint16], bloc
         tokens_BT, targets_BT = padded_windows(ids, starts, block_size)
         counted_BT = targets_BT >= 0
         targets_N = targets_BT[counted_BT]
-        reference_NV = np.asarray(forwards[REFERENCE](tokens_BT.astype(np.int64)), np.float32)[counted_BT]
-        for name, forward in forwards.items():
-            logits_NV = reference_NV
-            if name != REFERENCE:
-                logits_NV = np.asarray(forward(tokens_BT.astype(np.int64)), np.float32)[counted_BT]
+        computed = {
+            name: _attempt(failures, name, forward, tokens_BT.astype(np.int64)) for name, forward in forwards.items()
+        }
+        reference_NV = np.asarray(computed[REFERENCE], np.float32)[counted_BT]
+        for name, logits_BTV in computed.items():
+            if logits_BTV is None:
+                continue
+            logits_NV = np.asarray(logits_BTV, np.float32)[counted_BT]
             result, share = results[name], len(targets_N) / n_targets
             result.loss += float(losses(logits_NV, targets_N).mean()) * share
             difference = float(np.abs(logits_NV - reference_NV).max())
             result.largest_difference = max(result.largest_difference, difference)
             result.same_next_token += float((logits_NV.argmax(-1) == reference_NV.argmax(-1)).mean()) * share
-    return results
-
-
-def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Negative log-likelihood of each target in nats, [N], in float64."""
-    shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
-    return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
+    return {name: result for name, result in results.items() if name not in failures}
 
 
 def same_texts(
-    continues: Mapping[str, Continue], ids: npt.NDArray[np.integer], prompts: int, prompt_tokens: int, new_tokens: int
+    continues: Mapping[str, Continue],
+    ids: npt.NDArray[np.integer],
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    failures: dict[str, str],
 ) -> dict[str, float]:
     """The share of prompts that a runtime continues, greedily, with exactly the reference's text.
 
-    The prompts are taken from `ids` at even distances.
+    The prompts are taken from `ids` at even distances; `failures` as in `agreement`.
 
     Raises:
         UserError: `ids` has no room for so many prompts.
@@ -114,8 +190,9 @@ def same_texts(
         raise UserError(f"{len(ids)} tokens hold no {prompts} prompts of {prompt_tokens}; ask for fewer, or more text")
     starts = np.linspace(0, last, prompts).astype(np.int64)
     prompts_BT = np.stack([ids[start : start + prompt_tokens] for start in starts]).astype(np.int64)
-    texts = {name: np.asarray(go_on(prompts_BT, new_tokens)) for name, go_on in continues.items()}
-    return {name: float((text == texts[REFERENCE]).all(-1).mean()) for name, text in texts.items()}
+    texts = {name: _attempt(failures, name, go_on, prompts_BT, new_tokens) for name, go_on in continues.items()}
+    expected = texts[REFERENCE]
+    return {name: float((text == expected).all(-1).mean()) for name, text in texts.items() if text is not None}
 
 
 def time_process(command: Sequence[str], prompt_characters: int) -> Start:
@@ -172,13 +249,16 @@ PANELS = (
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as aligned text; what a row lacks stays blank."""
+    """The rows as aligned text; what a row lacks stays blank. A row may say instead why there is nothing: `error`."""
     cells = [["runtime", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         values = [(row.get(key), style) for key, (_, style) in COLUMNS.items()]
         cells.append([row["runtime"], *("" if value is None else format(value, style) for value, style in values)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    for at, row in enumerate(rows, 1):
+        if row.get("error"):
+            lines[at] = f"{row['runtime']:>{widths[0]}}  {row['error']}"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -13,6 +13,8 @@ CPUINFO = Path("/proc/cpuinfo")
 VNNI = {"avx_vnni", "avx512_vnni"}  # either way to add up products of bytes without an intermediate that saturates
 BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # products of bfloat16 numbers, added up in float32
 
+SMALL_CALL = 1 << 29  # tokens times bytes of the model: some milliseconds of work
+
 # <fenv.h> on x86-64: fenv_t is eight 32-bit words, the last one the register MXCSR.
 FENV_WORDS, MXCSR = 8, 7
 FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 1 << 15, 1 << 6
@@ -37,6 +39,11 @@ def _read(cpuinfo: Path) -> tuple[str, set[str]]:
 def cores() -> int:
     """The processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_small_call(tokens: int, model_bytes: int) -> bool:
+    """Whether so much work is faster by one core: several wait for each other at the end of every operation."""
+    return tokens * model_bytes <= SMALL_CALL
 
 
 def has_vnni() -> bool:

@@ -1,15 +1,17 @@
-"""The architecture as the config.json of a Hugging Face `GPT2LMHeadModel` (standard library only)."""
+"""The JSON files of a Hugging Face `GPT2LMHeadModel`: its architecture, how it generates, its tokenizer."""
 
 from typing import Any
 
 from picogpt_jax.config import Activation, ModelConfig
+from picogpt_jax.formats.hf_tokenizer import n_tokens, padding, tokenizer_files
+from picogpt_jax.text.vocabulary import Vocabulary
 
 # Our activation -> its name in transformers, where "gelu" is the exact form too.
 ACTIVATION_FUNCTIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
 
 def gpt2_config(model: ModelConfig) -> dict[str, Any]:
-    """What `transformers.GPT2Config` reads. A character vocabulary has no tokens that begin, end or pad a text."""
+    """What `transformers.GPT2Config` reads. A character vocabulary has no tokens that begin or end a text."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -38,12 +40,26 @@ def gpt2_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def generation_config(model: ModelConfig) -> dict[str, Any]:
-    """generation_config.json: `generate()` fills the window of learned positions, beyond which there are none."""
+def generation_config(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """generation_config.json: by default half as many new tokens as there are learned positions.
+
+    What pads a table or a batch is never drawn. There is no `max_length`: transformers warns where it meets the
+    `max_new_tokens` that everybody gives.
+    """
     return {
         "_from_model_config": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        "pad_token_id": None,
-        "max_length": model.block_size,
+        "pad_token_id": padding(vocabulary)[1],
+        "suppress_tokens": list(range(n_tokens(vocabulary), model.vocab_size)) or None,
+        "max_new_tokens": max(model.block_size // 2, 1),
+    }
+
+
+def hf_documents(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The JSON files beside a model: name -> value."""
+    return {
+        "config.json": gpt2_config(model),
+        "generation_config.json": generation_config(model, vocabulary),
+        **tokenizer_files(vocabulary, model.block_size),
     }

@@ -8,6 +8,9 @@ The names of the tensors are the same as ours. Two things differ. Linear layers 
 [in, out] (transformers, pytorch_utils.py). And every linear layer and LayerNorm has a bias there; it is zero where ours
 has none. From an int8 model the weights are exactly code * scale. Transformers then computes in float, without int8
 activations: its logits are those of the same model with `activation_bits=None`.
+
+The token that pads a batch has a row of its own where the table has no free one (`with_padding`), and so a logit;
+`generate` never draws it (generation_config.json).
 """
 
 import dataclasses
@@ -15,17 +18,19 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
-from picogpt_jax.formats.hf_config import generation_config, gpt2_config
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_config import hf_documents
+from picogpt_jax.formats.hf_tokenizer import padding
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model
 from picogpt_jax.int8.layout import check_finite, check_layout, float_layout, layout_of
 from picogpt_jax.text.vocabulary import Vocabulary
 
-TENSORS_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE = "model.safetensors", "config.json", "generation_config.json"
+TENSORS_FILE = "model.safetensors"
+TABLE = "transformer.wte.weight"
 
 
 def hf_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
@@ -62,6 +67,26 @@ def hf_tensors(model: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str
     return tensors
 
 
+def with_padding(table_VC: npt.NDArray[np.float32], vocabulary: Vocabulary) -> npt.NDArray[np.float32]:
+    """The embedding with a row for the token that pads, where it has none.
+
+    That row is the mean of the others. So its logit is the mean of theirs, whatever constant training added to all: it
+    is never the largest, and takes less of the probability than one in `vocab_size`, after training far less.
+    """
+    if padding(vocabulary)[1] < len(table_VC):
+        return table_VC
+    return np.concatenate([table_VC, table_VC.mean(0, keepdims=True)])
+
+
+def without_padding(
+    model: ModelConfig, arrays: dict[str, np.ndarray], vocabulary: Vocabulary
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """What was read, without the row that `with_padding` added."""
+    if model.vocab_size != vocabulary.size + 1:
+        return model, arrays
+    return dataclasses.replace(model, vocab_size=vocabulary.size), arrays | {TABLE: arrays[TABLE][:-1]}
+
+
 def save_huggingface(
     model: ModelConfig, arrays: Mapping[str, np.ndarray], vocabulary: Vocabulary, folder: str | os.PathLike[str]
 ) -> None:
@@ -73,13 +98,10 @@ def save_huggingface(
     Raises:
         UserError: the tensors are not the model's, or `folder` cannot be written or holds other files.
     """
-    documents = {
-        CONFIG_FILE: gpt2_config(model),
-        GENERATION_CONFIG_FILE: generation_config(model),
-        **tokenizer_files(vocabulary, model.block_size),
-    }
-    check_replaceable(folder, {TENSORS_FILE, *documents})
     tensors = hf_tensors(model, arrays)
+    tensors[TABLE] = with_padding(tensors[TABLE], vocabulary)
+    documents = hf_documents(dataclasses.replace(model, vocab_size=len(tensors[TABLE])), vocabulary)
+    check_replaceable(folder, {TENSORS_FILE, *documents})
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / TENSORS_FILE, metadata={"format": "pt"})
         for name, document in documents.items():

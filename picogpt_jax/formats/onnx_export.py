@@ -18,15 +18,13 @@ except ImportError as error:
 
 from picogpt_jax import __version__
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
-from picogpt_jax.formats.hf_config import generation_config, gpt2_config
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_config import hf_documents
 from picogpt_jax.formats.onnx_graph import GraphBuilder, Weights
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.runtimes.onnx_model import METADATA_KEY, MODEL_FILE
 
 OPSET, IR_VERSION = 20, 9  # of ONNX 1.15, the first with Gelu
 FAST_OPSET, FAST_IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
-CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
 
 
 def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
@@ -38,11 +36,7 @@ def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = Tr
     Raises:
         UserError: `folder` cannot be written or holds other files.
     """
-    documents = {
-        CONFIG_FILE: gpt2_config(model.model),
-        GENERATION_CONFIG_FILE: generation_config(model.model),
-        **tokenizer_files(model.vocabulary, model.model.block_size),
-    }
+    documents = hf_documents(model.model, model.vocabulary)
     check_replaceable(folder, {MODEL_FILE, *documents})
     content = onnx_model(model, exact=exact).SerializeToString()
     with atomic_folder(folder) as temporary:

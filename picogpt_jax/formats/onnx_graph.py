@@ -4,8 +4,9 @@
     past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
     -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
 
-One more input need not be given, `logits_to_keep` int64 [1]: the logits of so many last positions are computed, which
-spares the last layer the other ones; 0, the default, is all of them (as in transformers' `forward`).
+An `attention_mask` with n + 1 in the place of a one asks for the logits of the n last positions alone, which spares the
+last layer the other ones (ONNX Runtime would warn of an optional input at every load). The id behind all others pads a
+batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
 
 Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
 the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
@@ -36,6 +37,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
+from picogpt_jax.formats.hf_tokenizer import padding
 from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
@@ -64,9 +66,11 @@ class GraphBuilder:
         """The whole model."""
         config = self.config
         inputs, outputs = self.signature()
-        self.constant("logits_to_keep", np.zeros(1, np.int64))  # the default of an input
-        first_kept = self.add("Neg", "logits_to_keep")  # -0 is the first of all
-        x_BTC = self.add("Add", self.lookup("wte", "input_ids"), self.lookup("wpe", "position_ids"))
+        first_kept = self.add("Sub", self.integers(1), self.add("ReduceMax", "attention_mask", keepdims=0))
+        ids, (_, pad) = "input_ids", padding(self.model.vocabulary)
+        if pad == config.vocab_size:
+            ids = self.add("Where", self.add("Equal", ids, self.integers(pad)), self.integers(0), ids)
+        x_BTC = self.add("Add", self.lookup("wte", ids), self.lookup("wpe", "position_ids"))
         mask_B1TS = self.mask()
         for layer in range(config.n_layer):
             is_last = layer == config.n_layer - 1
@@ -90,7 +94,7 @@ class GraphBuilder:
             for part in ("key", "value"):
                 inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
                 outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
-        return [*inputs, info("logits_to_keep", TensorProto.INT64, [1])], outputs
+        return inputs, outputs
 
     def constant(self, name: str, value: npt.ArrayLike) -> str:
         """An initializer, stored once under its name."""
@@ -205,8 +209,7 @@ class GraphBuilder:
 
     def each_token(self, value: np.generic) -> str:
         """`value` for each token, [B, T, 1]."""
-        shape = self.add("Shape", self.add("Unsqueeze", "input_ids", self.integers(-1)))
-        return self.filled(shape, value.reshape(1))
+        return self.filled(self.add("Shape", self.add("Unsqueeze", "input_ids", self.integers(-1))), value.reshape(1))
 
     def layer_norm(self, x: str, name: str) -> str:
         """LayerNorm over the last dimension."""
@@ -239,19 +242,16 @@ class GraphBuilder:
         hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
         # Of a full window, 4 or 8 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
         # Its last rows and columns are the mask of fewer positions among themselves; they see all of the past.
-        block_size = self.config.block_size
-        everywhere = self.filled(self.integers(block_size, block_size), hidden)
+        everywhere = self.filled(self.integers(*[self.config.block_size] * 2), hidden)
         full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
         queries = self.add("Shape", "input_ids", start=1, end=2)
         starts = self.add("Neg", self.add("Concat", queries, queries, axis=0))
         causal_TT = self.add("Slice", full, starts, self.integers(TO_THE_END, TO_THE_END))
         past = self.add("Shape", "past_key_values.0.key", start=2, end=3)
-        pads = self.add("Concat", self.integers(0), past, self.integers(0, 0), axis=0)
-        causal_TS = self.add("Pad", causal_TT, pads)
+        causal_TS = self.add("Pad", causal_TT, self.add("Concat", self.integers(0), past, self.integers(0, 0), axis=0))
         admitted_BS = self.add("Cast", "attention_mask", to=TensorProto.BOOL)
-        padding_BS = self.add(
-            "Where", admitted_BS, self.constant("visible", np.zeros_like(hidden)), self.constant("hidden", hidden)
-        )
+        visible = self.constant("visible", np.zeros_like(hidden))
+        padding_BS = self.add("Where", admitted_BS, visible, self.constant("hidden", hidden))
         return self.add("Min", causal_TS, self.add("Unsqueeze", padding_BS, self.integers(1, 2)))
 
     def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:

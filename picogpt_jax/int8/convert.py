@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from picogpt_jax.config import ModelConfig, QuantConfig
@@ -15,9 +16,10 @@ from picogpt_jax.devices import sharding
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
-from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, converted, quantize
+from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, converted, int8_dot, quantize
 from picogpt_jax.text.vocabulary import Vocabulary
 
+FOLDABLE = ("attn.c_attn", "mlp.c_fc")  # what a LayerNorm precedes
 FLOAT = QuantConfig(mode="none", weight_granularity="per_channel", activation_bits=8, backward_bits=None, start_step=0)
 
 
@@ -50,6 +52,24 @@ def float_vector(params: Any, name: str) -> npt.NDArray[np.float32]:
     module, kind = name.rsplit(".", 1)
     leaf = "scale" if kind == "weight" else "bias"
     return np.asarray(_lookup(params, module_path(module))[leaf])
+
+
+def fold_layer_norms(config: ModelConfig, params: Any) -> Any:
+    """The same function, each block's LayerNorm weights and biases being part of the matrix that follows them.
+
+    For quantizing what was trained in float: a channel that LayerNorm makes large sets the scale of a token, whose
+    other channels lose their codes. As part of the matrix it is one input of each output, which has a scale of its own.
+    The last LayerNorm stays as it is: the head that follows is the token embedding, too.
+    """
+    params = jax.tree.map(np.asarray, params)
+    for block in (params[f"h_{layer}"] for layer in range(config.n_layer)):
+        for norm, linear in ((block["ln_1"], block["attn"]["c_attn"]), (block["ln_2"], block["mlp"]["c_fc"])):
+            if config.bias:
+                linear["bias"] = linear["bias"] + norm["bias"] @ linear["kernel"]
+                norm["bias"] = np.zeros_like(norm["bias"])
+            linear["kernel"] = norm["scale"][:, None] * linear["kernel"]
+            norm["scale"] = np.ones_like(norm["scale"])
+    return params
 
 
 def int8_model(
@@ -157,13 +177,17 @@ def params_from_arrays(config: ModelConfig, arrays: dict[str, npt.NDArray[np.flo
     return params
 
 
+BAD_DB = 20.0  # a product whose error is over a tenth of it; the codes alone leave 30 to 40 dB
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
     """How well one matrix survived quantization.
 
     Attributes:
         codes_used: distinct codes out of 255.
-        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); the signal-to-quantization-noise ratio.
+        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); the signal-to-quantization-noise ratio of the weights.
+        product_db: the same of the products with real activations; None for the positions, which multiply nothing.
         n_bytes: codes and scales.
     """
 
@@ -172,35 +196,106 @@ class TensorReport:
     scale_range: tuple[float, float]
     codes_used: int
     sqnr_db: float
+    product_db: float | None
     n_bytes: int
 
+    @property
+    def is_bad(self) -> bool:
+        return self.product_db is not None and self.product_db < BAD_DB
 
-def report(params: Any, model: Int8Model) -> list[TensorReport]:
-    """Compares every int8 matrix with the float one it was made from."""
+
+def quantized(
+    config: ModelConfig,
+    quant: QuantConfig,
+    params: Any,
+    vocabulary: Vocabulary,
+    training: dict[str, Any],
+    qat: bool,
+    tokens_BT: npt.NDArray[np.integer],
+) -> tuple[Int8Model, list[TensorReport]]:
+    """`int8_model` of whatever was trained, and its report; `training` gets a key "quantization_aware".
+
+    What was trained with quantization (`qat`) is served with the codes of training, unless products are so bad that it
+    cannot have been trained with these. In all else LayerNorms are folded first.
+    """
+    rows: list[TensorReport] = []
+    for folds in (False, True) if qat else (True,):
+        parts = fold_layer_norms(config, params) if folds else params
+        model = int8_model(config, quant, parts, vocabulary, training | {"quantization_aware": not folds})
+        rows = report(parts, model, tokens_BT)
+        if not any(row.is_bad and row.name.endswith(FOLDABLE) for row in rows):
+            break
+    return model, rows
+
+
+def report(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer]) -> list[TensorReport]:
+    """Compares every int8 matrix with the float one it was made from.
+
+    Args:
+        tokens_BT: a text of the model's; its activations are multiplied.
+    """
+    products = _product_db(params, model, tokens_BT)
     rows = []
     for name, tensor in model.matrices.items():
-        weights = float_matrix(params, name).astype(np.float64)
-        noise = np.square(weights - tensor.dequantize()).sum()
         rows.append(
             TensorReport(
                 name=name,
                 shape=tensor.codes.shape,
                 scale_range=(float(tensor.scale.min()), float(tensor.scale.max())),
                 codes_used=len(np.unique(tensor.codes)),
-                sqnr_db=10.0 * math.log10(np.square(weights).sum() / noise) if noise else math.inf,
+                sqnr_db=_sqnr_db(float_matrix(params, name), tensor.dequantize()),
+                product_db=products.get(name),
                 n_bytes=tensor.codes.nbytes + tensor.scale.nbytes,
             )
         )
     return rows
 
 
+def _sqnr_db(exact: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    noise = np.square(exact.astype(np.float64) - found).sum()
+    return 10.0 * math.log10(np.square(exact, dtype=np.float64).sum() / noise) if noise else math.inf
+
+
+def _product_db(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer]) -> dict[str, float]:
+    """Of every product in the float model's forward pass: int8 operands beside float ones, on the same activations."""
+    names = {module_path(name): name for name in model.matrices if name != "transformer.wpe"}
+    weights = {name: QuantizedTensor(*map(jnp.asarray, (m.codes, m.scale))) for name, m in model.matrices.items()}
+
+    @jax.jit
+    def products(params: Any, weights: dict[str, QuantizedTensor], tokens_BT: jax.Array) -> dict[str, Any]:
+        found = {}
+
+        def watch(function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+            name = names.get(context.module.path)
+            if name and context.method_name == ("attend" if name in EMBEDDINGS else "__call__"):
+                x = arguments[0]
+                found[name] = (x, int8_dot(x, weights[name], model.quantization.activation_bits))
+            return function(*arguments, **keywords)
+
+        with nn.intercept_methods(watch):
+            GPT(model.model, Numerics(FLOAT, "float")).apply({"params": params}, tokens_BT)
+        return found
+
+    found = products(params, weights, jnp.asarray(tokens_BT, jnp.int32))
+    return {
+        name: _sqnr_db(np.asarray(x) @ float_matrix(params, name).T, np.asarray(y)) for name, (x, y) in found.items()
+    }
+
+
 def report_table(rows: list[TensorReport]) -> str:
-    """`report` as lines of text."""
-    head = f"{'layer':32} {'shape':>12} {'scale from':>11} {'to':>9} {'codes':>6} {'SQNR dB':>8} {'bytes':>11}"
+    """`report` as lines of text, and a line of warning where products are bad."""
+    head = f"{'layer':32} {'shape':>12} {'scale from':>11} {'to':>9} {'codes':>6} {'SQNR dB':>8}"
+    head += f" {'products':>8} {'bytes':>11}"
     lines = [head, "-" * len(head)]
     for row in rows:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         low, high = row.scale_range
         left = f"{row.name:32} {shape:>12} {low:11.2e} {high:9.2e}"
-        lines.append(f"{left} {row.codes_used:6d} {row.sqnr_db:8.2f} {row.n_bytes:11,}")
+        products = "" if row.product_db is None else f"{row.product_db:.2f}"
+        lines.append(f"{left} {row.codes_used:6d} {row.sqnr_db:8.2f} {products:>8} {row.n_bytes:11,}")
+    if bad := [row.name for row in rows if row.is_bad]:
+        lines.append(
+            f"warning: int8 activations are coarse in {len(bad)} of {len(rows)} layers (products below "
+            f"{BAD_DB:.0f} dB), such as {bad[0]}; --activation_bits=none keeps them in float"
+        )
     return "\n".join(lines)

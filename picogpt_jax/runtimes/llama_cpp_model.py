@@ -23,6 +23,7 @@ except ImportError as error:
         "this needs llama-cpp-python; install it, which compiles it, with: pip install 'picogpt_jax[llama-cpp]'"
     ) from error
 
+from picogpt_jax.devices.cpu import has_amx_int8
 from picogpt_jax.errors import UserError
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -37,6 +38,21 @@ def _log(level: int, text: bytes, user_data: Any) -> None:
         errors.append(text.decode(errors="replace").strip())
 
 
+default_parameters = llama_cpp.llama_cpp.llama_model_default_params
+
+
+def _parameters() -> Any:
+    """Of a model; `Llama` has no argument for this one.
+
+    Virtual machines may show AMX and forbid it: a product with weights that were repacked for it ends the process.
+    """
+    parameters = default_parameters()
+    if has_amx_int8():
+        parameters.use_extra_bufts = False
+    return parameters
+
+
+llama_cpp.llama_cpp.llama_model_default_params = _parameters
 llama_cpp.llama_log_set(_log, ctypes.c_void_p())  # its log would stand between the text on the terminal
 
 
@@ -63,6 +79,8 @@ class LlamaCppGPT:
         UserError: on construction, llama.cpp cannot load the file, or it is no character-level GPT-2.
     """
 
+    windows_at_once = 1
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         threads = max((os.cpu_count() or 1) // 2, 1)  # they spin while they wait: more make a shared machine crawl
         errors.clear()
@@ -88,11 +106,6 @@ class LlamaCppGPT:
     @property
     def vocab_size(self) -> int:
         return self.vocabulary.size
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows that take as long as one: this runtime computes one after the other."""
-        return 1
 
     def new_cache(self, batch: int) -> Seen:
         """A cache of no positions."""

@@ -15,6 +15,7 @@ from picogpt_jax.errors import UserError
 
 Overflow = Literal["slide", "refill"]
 Stream = Callable[[npt.NDArray[np.int64]], object]  # called with the tokens just drawn, int64 [B, 1]
+Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]  # logits [B, V] -> one token of each stream, [B]
 
 NOISE_TOKENS = 64  # drawn at once: a call of the random generator costs as much as choosing a token
 
@@ -66,6 +67,7 @@ def generate(
     seed: int = 0,
     overflow: Overflow = "slide",
     stream: Stream | None = None,
+    choose: Choose | None = None,
 ) -> npt.NDArray[np.int64]:
     """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
 
@@ -79,6 +81,7 @@ def generate(
             bit from those of one); "refill" goes on with a cache of the last `block_size // 2` tokens, the
             newest included, which is far faster.
         stream: called with the new tokens when they are drawn; twice in a row where two threads take turns.
+        choose: draws in place of `draw`, by whatever seed, temperature and top_k it has.
 
     Returns:
         int64 [B, T + max_new_tokens]: the prompts and what follows.
@@ -90,8 +93,10 @@ def generate(
     prompt_BT = checked_tokens(tokens_BT, runtime.vocab_size, "the prompt")
     batch, length = prompt_BT.shape
     text_BT = np.concatenate([prompt_BT, np.zeros((batch, max_new_tokens), np.int64)], axis=1)
-    noise = Noise(seed, batch, runtime.vocab_size, temperature)
-    text = Text(runtime, text_BT, lambda logits_BV: draw(logits_BV, noise.next(), top_k), stream or (lambda _: None))
+    if choose is None:
+        noise = Noise(seed, batch, runtime.vocab_size, temperature)
+        choose = lambda logits_BV: draw(logits_BV, noise.next(), top_k)  # noqa: E731
+    text = Text(runtime, text_BT, choose, stream or (lambda _: None))
     first, stop = max(length - runtime.block_size, 0), length + max_new_tokens
     slides_from = stop if overflow == "refill" else min(first + runtime.block_size + 1, stop)
     text.by_steps(first, range(length, slides_from))
@@ -112,7 +117,7 @@ class Text(Generic[C]):
         self,
         runtime: Runtime[C],
         text_BT: npt.NDArray[np.int64],
-        choose: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]],
+        choose: Choose,
         stream: Stream,
     ) -> None:
         self._runtime, self._text_BT, self._choose, self._stream_piece = runtime, text_BT, choose, stream
@@ -243,12 +248,16 @@ def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_
 
 
 def _loss_sum(runtime: Runtime[C], data: npt.NDArray[np.integer], window: int) -> float:
-    """Sum of the losses of data[1:] in windows, in float64."""
+    """Sum of the losses of data[1:] in windows."""
     ids = checked_tokens(data, runtime.vocab_size, "the data")
-    logits_NV = runtime.forward(ids[:-1].reshape(-1, window)).reshape(len(ids) - 1, -1).astype(np.float64)
-    shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
-    losses_N = np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(shifted_NV)), ids[1:]]
-    return float(losses_N.sum())
+    logits_BTV = runtime.forward(ids[:-1].reshape(-1, window))
+    return float(losses(logits_BTV.reshape(len(ids) - 1, -1), ids[1:]).sum())
+
+
+def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood of each target in nats, [N], in float64."""
+    shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
+    return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
 
 
 def checked_data(tokens: npt.ArrayLike, block_size: int, limit: int) -> npt.NDArray[np.integer]:

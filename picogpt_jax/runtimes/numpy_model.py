@@ -167,13 +167,20 @@ class NumpyGPT:
         UserError: a setting or a tensor is not what this file computes with.
     """
 
+    windows_at_once = 1
+
     def __init__(self, config: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
         if (config["format"], config["format_version"]) != ("picogpt-int8", 1):
-            raise UserError(f"{config['format']!r} version {config['format_version']!r} is not picogpt-int8 version 1")
+            found = f"{config['format']!r} version {config['format_version']!r}"
+            raise UserError(f"{found[:80]} is not picogpt-int8 version 1")
         quantization, model = config["quantization"], config["model"]
         self.activation_bits = quantization["activation_bits"]
         if self.activation_bits not in (8, None) or quantization["quantize_attention"] or not quantization["symmetric"]:
-            raise UserError(f"the quantization {quantization} is none that this runtime computes")
+            raise UserError(f"the quantization {str(quantization)[:200]} is none that this runtime computes")
+        sizes = [model[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp_ratio")]
+        is_computed = all(type(size) is int and 0 < size <= 1 << 20 for size in sizes) and sizes[2] % sizes[1] == 0
+        if not is_computed or type(model["layer_norm_epsilon"]) is not float or not 0 < model["layer_norm_epsilon"] < 1:
+            raise UserError(f"the model {str(model)[:200]} is none that this runtime computes; write it again")
         self.n_layer, self.n_head, self.n_embd = model["n_layer"], model["n_head"], model["n_embd"]
         self.block_size, self.vocab_size = model["block_size"], model["vocab_size"]
         self.has_bias, self.epsilon = model["bias"], model["layer_norm_epsilon"]
@@ -213,7 +220,7 @@ class NumpyGPT:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error) if isinstance(error, OSError) else repr(error)
+            reason = str(error) if isinstance(error, OSError) else repr(error)[:200]
             raise UserError(f"{folder} is no int8 folder that can be read: {reason}; write the model again") from None
 
     def _take(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -234,11 +241,6 @@ class NumpyGPT:
         weight = self._take(f"{name}.weight", "float32", (self.n_embd,))
         bias = self._take(f"{name}.bias", "float32", (self.n_embd,)) if self.has_bias else None
         return LayerNorm(weight, bias, self.epsilon)
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows that take as long as one: this runtime computes one after the other."""
-        return 1
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache of no positions."""

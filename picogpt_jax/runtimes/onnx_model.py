@@ -23,7 +23,7 @@ from picogpt_jax.text.vocabulary import Vocabulary
 MODEL_FILE = "model.onnx"
 METADATA_KEY = "picogpt_jax"  # {"config": config.json of an int8 folder, "vocabulary": vocab.json, ...}
 PART_TOKENS = 256  # of several windows, computed at once by a core: what lies between two nodes stays in its cache
-KEEP_ALL, KEEP_LAST = (np.array([count], np.int64) for count in (0, 1))
+MASKS = np.array([[1], [2]])  # what the graph sees; 2 asks for the logits of the last position alone
 
 
 class KVCache:
@@ -59,7 +59,7 @@ class OnnxGPT:
         self._outputs = ["logits", *(f"present.{part}" for part in parts)]
         self._check_signature()
         # Inputs are taken from these: after a step, whose weights fill the cache, a new array takes 10 to 20 us.
-        self._positions, self._ones = np.arange(self.block_size, dtype=np.int64)[None], np.ones(0, np.int64)
+        self._positions, self._masks = np.arange(self.block_size, dtype=np.int64)[None], MASKS
         self._no_positions = np.zeros(0, np.float32)
 
     @classmethod
@@ -131,11 +131,12 @@ class OnnxGPT:
         if past.length + queries > self.block_size:
             raise ValueError(f"{past.length + queries} positions do not fit into block_size={self.block_size}")
         if cache is None and batch > 1 and self.windows_at_once > 1:
-            return self._windows(tokens_BT, last_only)
-        outputs = self._outputs[:1] if cache is None else self._outputs
-        logits, *past.values = self._session.run(outputs, self._feeds(tokens_BT, past, last_only))
-        past.length += queries
-        return logits
+            logits = self._windows(tokens_BT, last_only)
+        else:
+            outputs = self._outputs[:1] if cache is None else self._outputs
+            logits, *past.values = self._session.run(outputs, self._feeds(tokens_BT, past, last_only))
+            past.length += queries
+        return logits[:, -1:] if last_only else logits  # a file of an earlier release gives all
 
     def _windows(self, tokens_BT: npt.NDArray[np.int64], last_only: bool) -> npt.NDArray[np.float32]:
         """`forward` of several windows without a cache, in parts that are computed side by side."""
@@ -149,11 +150,10 @@ class OnnxGPT:
         """The graph's inputs."""
         batch, queries = tokens_BT.shape
         end = past.length + queries
-        ones = self._ones  # which another thread may replace
-        if batch * end > len(ones):
-            ones = self._ones = np.ones(batch * self.block_size, np.int64)
+        masks = self._masks  # which another thread may replace
+        if batch * end > masks.shape[1]:
+            masks = self._masks = MASKS.repeat(batch * self.block_size, 1)
         feeds: dict[str, npt.NDArray[Any]]
-        feeds = {"input_ids": tokens_BT, "attention_mask": ones[: batch * end].reshape(batch, end)}
+        feeds = {"input_ids": tokens_BT, "attention_mask": masks[int(last_only), : batch * end].reshape(batch, end)}
         feeds["position_ids"] = self._positions[:, past.length : end].repeat(batch, 0)
-        feeds["logits_to_keep"] = KEEP_LAST if last_only else KEEP_ALL
         return feeds | dict(zip(self._past, past.values, strict=True))

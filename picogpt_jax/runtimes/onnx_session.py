@@ -28,13 +28,12 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
-from picogpt_jax.devices.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni
+from picogpt_jax.devices.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni, is_small_call
 from picogpt_jax.errors import UserError
 
-LOGS_ERRORS = 3  # not warnings: one would say that the optional input is no constant
+LOGS_ERRORS = 3  # not warnings: of a file of an earlier release, one is about an optional input
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
 SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
-SMALL_CALL = 1 << 29  # tokens times bytes of the model: some milliseconds; what takes longer gets all cores
 
 Feeds = dict[str, npt.NDArray[Any]]
 Results = list[npt.NDArray[np.float32]]
@@ -71,7 +70,7 @@ class Session:
 
     def is_large(self, tokens: int) -> bool:
         """Whether a call with so many tokens is worth the work of all cores."""
-        return tokens * self._bytes > SMALL_CALL
+        return not is_small_call(tokens, self._bytes)
 
     def run(self, outputs: list[str], feeds: Feeds) -> Results:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""

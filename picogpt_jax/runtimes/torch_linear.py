@@ -18,9 +18,10 @@ Three kernels compute that sum, with the same integers:
 Shapes: N rows (tokens), I input features, O output features of a matmul.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,8 @@ def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
 
 def product_by_int_mm(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """`integer_product` by PyTorch's int8 kernel."""
+    if x_NI.shape[1] == 1:  # that kernel then writes no result at all
+        return x_NI.float() * w_OI.float().T
     sums_NO = torch._int_mm(x_NI, w_OI.T)
     return sums_NO.view(torch.float32).copy_(sums_NO)  # in place: fresh memory costs as much as the conversion
 
@@ -106,22 +109,30 @@ def int_mm_is_fast_on_cpu() -> bool:
     return int_mm < by_float and torch.equal(product_by_int_mm(x, w), product_by_float(x, w))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread until the end of the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def best_seconds(*products: Callable[[], object]) -> list[float]:
     """The shortest time of each, in turn: the first calls set the kernels up, and others may be interrupted.
 
     By one thread: two wait for each other, and so for whatever else takes one of the cores, in every call.
     """
     times: list[list[float]] = [[] for _ in products]
-    threads, began = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
+    began = time.perf_counter()
+    with one_thread():
         while len(times[0]) < TRIAL_CALLS or time.perf_counter() - began < TRIAL_SECONDS:
             for product, seconds in zip(products, times, strict=True):
                 start = time.perf_counter()
                 product()
                 seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
     return [min(seconds) for seconds in times]
 
 

@@ -7,6 +7,7 @@ PyTorch's own in float32); with `exact=False` all are in float32, which is faste
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -21,10 +22,11 @@ except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.errors import UserError
+from picogpt_jax.devices.cpu import is_small_call
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
-from picogpt_jax.runtimes.loop import Overflow, check_generation, checked_data
-from picogpt_jax.runtimes.torch_linear import Int8Matrix
+from picogpt_jax.runtimes import loop
+from picogpt_jax.runtimes.loop import Overflow
+from picogpt_jax.runtimes.torch_linear import Int8Matrix, one_thread
 
 # What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
 # operations, and the memory is used again.
@@ -181,6 +183,7 @@ class Int8GPT(nn.Module):
         self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
         self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
+        self._bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Logits of the next token at every position.
@@ -198,11 +201,16 @@ class Int8GPT(nn.Module):
         """
         batch, queries = tokens_BT.shape
         sequence_bytes = queries * self.config.n_embd * self.ln_f.weight.itemsize
-        if cache is None and tokens_BT.device.type == "cpu" and batch > 1 and batch * sequence_bytes > PART_BYTES:
-            parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
-            return torch.cat([self(part, last_only=last_only) for part in parts])
+        is_cpu = tokens_BT.device.type == "cpu"
+        with one_thread() if is_cpu and is_small_call(tokens_BT.numel(), self._bytes) else contextlib.nullcontext():
+            if is_cpu and cache is None and batch > 1 and batch * sequence_bytes > PART_BYTES:
+                parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
+                return torch.cat([self._logits(part, None, last_only) for part in parts])
+            return self._logits(tokens_BT, cache, last_only)
+
+    def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
         first = 0 if cache is None else cache.length
-        end = first + queries
+        end = first + tokens_BT.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into block_size={self.config.block_size}")
         x_BTC = self.wte.lookup(tokens_BT).add_(self.wpe.lookup(torch.arange(first, end, device=tokens_BT.device)))
@@ -212,7 +220,6 @@ class Int8GPT(nn.Module):
             cache.length = end
         return self.wte.multiply(self.ln_f(x_BTC))
 
-    @torch.no_grad()
     def generate(
         self,
         tokens_BT: Tensor,
@@ -223,17 +230,11 @@ class Int8GPT(nn.Module):
         overflow: Overflow = "slide",
         callback: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
+        """`runtimes.loop.generate` with PyTorch's own draws.
 
         Args:
             tokens_BT: the prompts, int64, at least one token each.
-            max_new_tokens: how many tokens to append.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: draw from the k likeliest tokens; None or 0 from all.
             seed: of the draws; the same seed gives the same tokens, on every device whose logits agree.
-            overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens
-                for every token (nanoGPT's way, exact); "refill" goes on with a cache of the last `block_size // 2`
-                tokens, the newest included, which is far faster.
             callback: called with the new tokens, int64 [B], as soon as they are drawn.
 
         Returns:
@@ -242,76 +243,48 @@ class Int8GPT(nn.Module):
         Raises:
             UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
         """
-        check_generation(max_new_tokens, temperature, top_k, seed, overflow)
-        device = self.wte.codes.device
-        tokens_BT = _checked_tokens(tokens_BT, self.config.vocab_size, "the prompt").to(device)
+        loop.check_generation(max_new_tokens, temperature, top_k, seed, overflow)
         generator = torch.Generator().manual_seed(seed)
-        block_size = self.config.block_size
-        cache = KVCache(self.config, len(tokens_BT), device)
-        unseen_BT = tokens_BT[:, -block_size:]
-        for _ in range(max_new_tokens):
-            if cache.length + unseen_BT.shape[1] <= block_size:
-                logits_B1V = self(unseen_BT, cache, last_only=True)
-            elif overflow == "slide":
-                logits_B1V = self(tokens_BT[:, -block_size:], last_only=True)
-            else:
-                cache.length = 0
-                logits_B1V = self(tokens_BT[:, -max(block_size // 2, 1) :], cache, last_only=True)
-            unseen_BT = sample(logits_B1V[:, 0], temperature, top_k, generator)
-            tokens_BT = torch.cat((tokens_BT, unseen_BT), dim=1)
-            if callback is not None:
-                callback(unseen_BT[:, 0].cpu())
-        return tokens_BT
+        text_BT = loop.generate(
+            _Runtime(self),
+            tokens_BT.numpy(force=True),
+            max_new_tokens,
+            overflow=overflow,
+            stream=None if callback is None else lambda token_B1: callback(torch.from_numpy(token_B1[:, 0].copy())),
+            choose=lambda logits_BV: sample(torch.from_numpy(logits_BV), temperature, top_k, generator)[:, 0].numpy(),
+        )
+        return torch.from_numpy(text_BT).to(self.wte.codes.device)
+
+    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
+        """`runtimes.loop.evaluate`: mean loss in nats per token."""
+        return loop.evaluate(_Runtime(self), tokens, block_size, batch_size)
+
+
+class _Runtime:
+    """The model as a `picogpt_jax.runtimes.loop.Runtime`, which takes and gives NumPy's arrays."""
+
+    windows_at_once = 1
+
+    def __init__(self, model: Int8GPT) -> None:
+        self.model, self.device = model, model.wte.codes.device
+        self.block_size, self.vocab_size = model.config.block_size, model.config.vocab_size
+
+    def new_cache(self, batch: int) -> KVCache:
+        return KVCache(self.model.config, batch, self.device)
 
     @torch.no_grad()
-    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
-        """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
-
-        Args:
-            tokens: token ids, integers [N].
-            block_size: window length; the last window is shorter where N - 1 is no multiple of it.
-            batch_size: windows computed at a time.
-
-        Raises:
-            UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
-        """
-        data = checked_data(tokens, block_size, self.config.block_size)
-        total, n_targets = 0.0, len(data) - 1
-        n_whole = n_targets - n_targets % block_size
-        for start in range(0, n_whole, batch_size * block_size):
-            end = min(start + batch_size * block_size, n_whole)
-            total += self._loss_sum(data[start : end + 1], block_size)
-        if n_whole < n_targets:
-            total += self._loss_sum(data[n_whole:], n_targets - n_whole)
-        return total / n_targets
-
-    def _loss_sum(self, data: np.ndarray, window: int) -> float:
-        """Sum of the losses of data[1:] in windows; float32 each, added in float64."""
-        ids = _checked_tokens(torch.from_numpy(data.astype(np.int64)), self.config.vocab_size, "the data")
-        ids = ids.to(self.wte.codes.device)
-        logits_BTV = self(ids[:-1].view(-1, window))
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), ids[1:], reduction="none")
-        return losses.sum(dtype=torch.float64).item()
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        logits: Tensor = self.model(torch.from_numpy(tokens_BT).to(self.device), cache, last_only)
+        return logits.numpy(force=True)
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draws one token per row, int64 [B, 1]; on the CPU, so that a seed means the same everywhere."""
+    """Draws one token per row, int64 [B, 1]."""
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     vocab_size = logits_BV.shape[-1]
-    values_BK, ids_BK = logits_BV.double().cpu().topk(min(top_k or vocab_size, vocab_size))
-    probabilities_BK = ((values_BK - values_BK[:, :1]) / temperature).softmax(
-        -1
-    )  # the shift keeps this from overflowing
-    return ids_BK.gather(1, probabilities_BK.multinomial(1, generator=generator)).to(logits_BV.device)
-
-
-def _checked_tokens(ids: Tensor, vocab_size: int, source: str) -> Tensor:
-    if ids.numel() == 0:
-        raise UserError(f"{source} has no tokens; at least one is needed")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"{source} holds the token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
-        )
-    return ids
+    values_BK, ids_BK = logits_BV.double().topk(min(top_k or vocab_size, vocab_size))
+    below_BK = (values_BK - values_BK[:, :1]) / temperature  # the shift keeps this from overflowing
+    return ids_BK.gather(1, below_BK.softmax(-1).multinomial(1, generator=generator))

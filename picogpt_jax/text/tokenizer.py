@@ -133,7 +133,9 @@ def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabula
     older = has_tokenizer(folder) and not path.is_file()
     definition, source = (_of_older_files(folder), str(folder)) if older else (read_json(path), str(path))
     model = _section(definition, "model", source)
-    plain = not any(definition.get(name) for name in ("pre_tokenizer", "normalizer", "added_tokens"))
+    added = definition.get("added_tokens") or []
+    plain = not (definition.get("pre_tokenizer") or definition.get("normalizer")) and isinstance(added, list)
+    plain = plain and all(isinstance(token, dict) and token.get("special") for token in added)  # they pad a batch
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
         vocab = _vocab(model, source)
         with errors_in(source):

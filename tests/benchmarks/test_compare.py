@@ -21,7 +21,7 @@ def bigram(tokens_BT: np.ndarray) -> np.ndarray:
 
 
 def test_every_target_counts_once_and_as_much_as_another() -> None:
-    result = compare.agreement({"jax": bigram, "other": bigram}, IDS, block_size=7)
+    result = compare.agreement({"jax": bigram, "other": bigram}, IDS, block_size=7, failures={})
     logits_NV = TABLE_VV[IDS[:-1]].astype(np.float64)
     expected = np.mean(np.log(np.exp(logits_NV).sum(-1)) - logits_NV[np.arange(99), IDS[1:]])
     assert result["jax"].loss == pytest.approx(expected, rel=1e-12)
@@ -35,10 +35,10 @@ def test_one_differing_logit_is_found() -> None:
         logits_BTV[tokens_BT == 3, 5] += 10.0
         return logits_BTV
 
-    result = compare.agreement({"jax": bigram, "other": other}, IDS, block_size=7)["other"]
+    result = compare.agreement({"jax": bigram, "other": other}, IDS, block_size=7, failures={})["other"]
     assert result.largest_difference == pytest.approx(10.0, rel=1e-6)
     assert result.same_next_token == pytest.approx(np.mean(IDS[:-1] != 3)), "5 is the likeliest after a 3, and was not"
-    assert result.loss != pytest.approx(compare.agreement({"jax": bigram}, IDS, 7)["jax"].loss)
+    assert result.loss != pytest.approx(compare.agreement({"jax": bigram}, IDS, 7, {})["jax"].loss)
 
 
 def test_a_text_counts_as_the_same_only_as_a_whole() -> None:
@@ -50,10 +50,52 @@ def test_a_text_counts_as_the_same_only_as_a_whole() -> None:
         texts[1, -1] = 1
         return texts
 
-    shares = compare.same_texts({"jax": count, "other": other}, IDS, prompts=4, prompt_tokens=5, new_tokens=3)
+    shares = compare.same_texts(
+        {"jax": count, "other": other}, IDS, prompts=4, prompt_tokens=5, new_tokens=3, failures={}
+    )
     assert shares == {"jax": 1.0, "other": 0.75}
     with pytest.raises(UserError, match="100 tokens hold no 97 prompts of 5; ask for fewer"):
-        compare.same_texts({"jax": count}, IDS, prompts=97, prompt_tokens=5, new_tokens=3)
+        compare.same_texts({"jax": count}, IDS, prompts=97, prompt_tokens=5, new_tokens=3, failures={})
+
+
+RUNTIME = """
+import os, signal
+from picogpt_jax.errors import UserError
+
+def load(path):
+    if path.name == "refused":
+        raise UserError("the model is refused")
+    return forward, lambda prompts_BT, new_tokens: os.kill(os.getpid(), signal.SIGILL)
+
+def forward(tokens_BT):
+    if tokens_BT[0, 0] == 9:
+        os.kill(os.getpid(), signal.SIGILL)
+    return 2 * tokens_BT
+"""
+
+
+def test_a_runtime_that_dies_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "another_runtime.py").write_text(RUNTIME)
+    monkeypatch.syspath_prepend(tmp_path)
+    load = __import__("another_runtime").load
+    dying, refused = compare.Apart(load, tmp_path), compare.Apart(load, tmp_path / "refused")
+    forward, go_on = dying.passes
+    np.testing.assert_array_equal(forward(np.array([[3, 4]])), [[6, 8]])
+    ids = np.append(IDS, [9, 1]).astype(np.uint16)[::-1].copy()  # in the first window, and so in the first batch
+    assert ids[1] == 9
+    failures: dict[str, str] = {}
+    forwards = {"jax": bigram, "dying": forward, "refused": refused.passes[0], "good": bigram}
+    results = compare.agreement(forwards, ids[1:], 7, failures)
+    assert set(results) == {"jax", "good"}
+    assert failures == {"dying": "its process was ended by SIGILL", "refused": "the model is refused"}
+    with pytest.raises(UserError, match="its process was ended by SIGILL"):
+        go_on(np.array([[3]]), 1)
+    with pytest.raises(UserError, match="jax, the reference: its process was ended by SIGILL"):
+        compare.same_texts({"jax": go_on}, ids, 2, 3, 4, {})
+    for process in (dying, refused):
+        process.close()
+    table = compare.format_table([{"runtime": "jax", "loss": 1.5}, {"runtime": "dying", "error": failures["dying"]}])
+    assert table.splitlines()[3] == "  dying  its process was ended by SIGILL"
 
 
 def test_the_rate_is_that_of_the_characters_after_the_first_arrival() -> None:

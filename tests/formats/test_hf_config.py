@@ -11,22 +11,26 @@ from transformers.activations import ACT2FN
 from picogpt_jax.config import Activation
 from picogpt_jax.formats.hf_config import generation_config, gpt2_config
 
+VOCABULARY = random_model().vocabulary
+
 
 def test_every_key_is_one_that_transformers_knows() -> None:
     """An unknown one would be kept as an attribute that nothing reads."""
     known = set(GPT2Config().to_dict()) | {"n_ctx", "torch_dtype"}  # the names of older releases
     assert set(gpt2_config(random_model().model)) <= known
-    config = generation_config(random_model().model)
+    config = generation_config(random_model().model, VOCABULARY)
     assert set(config) - {"_from_model_config"} <= set(GenerationConfig().to_dict())
 
 
-def test_no_token_begins_ends_or_pads_a_text() -> None:
+def test_no_token_begins_or_ends_a_text_and_no_letter_pads() -> None:
     """GPT-2's own default, 50256, is outside the vocabulary."""
     config = GPT2Config.from_dict(gpt2_config(random_model().model))
-    assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [None, None, None]
-    generation = GenerationConfig.from_dict(generation_config(random_model().model))
-    assert [generation.bos_token_id, generation.eos_token_id, generation.pad_token_id] == [None, None, None]
-    assert generation.max_length == 16
+    assert [config.bos_token_id, config.eos_token_id] == [None, None]
+    for rows, never_drawn in ((11, None), (14, [11, 12, 13])):
+        generation = GenerationConfig.from_dict(generation_config(random_model(vocab_size=rows).model, VOCABULARY))
+        assert [generation.bos_token_id, generation.eos_token_id, generation.pad_token_id] == [None, None, 11]
+        assert generation.suppress_tokens == never_drawn
+        assert (generation.max_new_tokens, generation.max_length) == (8, None)
 
 
 def test_the_model_has_our_sizes() -> None:

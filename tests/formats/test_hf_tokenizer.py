@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_tokenizer import PAD_TOKEN, tokenizer_files
 from picogpt_jax.text.vocabulary import Vocabulary
 
 # What a tokenizer may touch: spaces at the ends and in a row, a space before a full stop, contractions, line endings,
@@ -26,7 +26,8 @@ def write(folder: Path, vocabulary: Vocabulary, block_size: int = 1024) -> Path:
 
 def test_tokenizers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(write(tmp_path, VOCABULARY) / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == VOCABULARY.size
+    assert tokenizer.get_vocab_size() == VOCABULARY.size + 1
+    assert tokenizer.token_to_id(PAD_TOKEN) == VOCABULARY.size
     for text in (TEXT, TEXT[::-1], "", *VOCABULARY.itos):
         encoding = tokenizer.encode(text)
         assert encoding.ids == VOCABULARY.encode(text).tolist(), ascii(text)
@@ -36,9 +37,10 @@ def test_tokenizers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
 
 def test_transformers_gives_our_ids_and_the_text_again(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write(tmp_path, VOCABULARY))
-    assert len(tokenizer) == VOCABULARY.size
+    assert len(tokenizer) == VOCABULARY.size + 1
     assert tokenizer.model_max_length == 1024
-    assert tokenizer.all_special_tokens == []
+    assert tokenizer.all_special_tokens == [PAD_TOKEN]
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (VOCABULARY.size, "left")
     for text in (TEXT, TEXT[::-1], *VOCABULARY.itos):
         ids = tokenizer(text)["input_ids"]
         assert ids == VOCABULARY.encode(text).tolist(), ascii(text)
@@ -64,7 +66,7 @@ def test_a_long_text_and_any_order_of_the_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("char", ["z", "é", "\n", "🙂"])
 def test_a_character_outside_the_vocabulary_raises(tmp_path: Path, char: str) -> None:
     folder = write(tmp_path, Vocabulary.from_text("abc "))
-    message = r"Unk token `\[character outside the vocabulary\]` not found in the vocabulary"
+    message = r"Unk token `\[a character that is none of the 4 of this model: ' abc'\]` not found"
     with pytest.raises(Exception, match=message):  # the library raises a bare Exception
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode(f"ab{char}c")
     with pytest.raises(Exception, match=message):

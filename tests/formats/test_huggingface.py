@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from conftest import RunScript
 from safetensors import safe_open
 from test_int8_model import random_model
 from test_sources import write_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_tokenizer import DEFINITION
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.huggingface import dequantized, hf_names, hf_tensors, save_huggingface
@@ -22,6 +25,7 @@ from picogpt_jax.int8 import convert
 from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
+from picogpt_jax.text.tokenizer import TokenizerVocabulary
 
 DEFAULT: dict[str, Any] = dict(bias=False, activation="gelu")
 OTHER: dict[str, Any] = dict(
@@ -62,7 +66,8 @@ def test_transformers_computes_our_logits(tmp_path: Path, changes: dict[str, Any
     assert not network.training
     tokens = np.random.default_rng(0).integers(0, model.model.vocab_size, (4, model.model.block_size))
     theirs, ours = logits_of(network, tokens), our_logits(model.model, dequantized(model), tokens)
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(theirs[..., :-1], ours, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(theirs[..., -1], ours.mean(-1), rtol=0, atol=1e-4, err_msg="of what pads")
     assert np.abs(ours).max() > 1, "logits near zero would agree whatever was written"
     np.testing.assert_array_equal(theirs.argmax(-1), ours.argmax(-1))
 
@@ -76,6 +81,7 @@ def test_the_file_holds_exactly_the_dequantized_codes(tmp_path: Path) -> None:
     for name, matrix in model.matrices.items():
         written = tensors.pop(f"{name}.weight")
         written = written if name in ("transformer.wte", "transformer.wpe") else written.T
+        written = written[:-1] if name == "transformer.wte" else written  # the last row is what pads
         assert written.dtype == np.float32
         np.testing.assert_array_equal(written, matrix.codes.astype(np.float32) * matrix.scale, err_msg=name)
     for name, vector in model.vectors.items():
@@ -88,14 +94,85 @@ def test_text_comes_out_of_generate(tmp_path: Path) -> None:
     model = random_model()
     network, tokenizer = load(save(model, tmp_path / "hf")), AutoTokenizer.from_pretrained(tmp_path / "hf")
     prompt = tokenizer("abc\n", return_tensors="pt")
-    ids = network.generate(**prompt, do_sample=False)
-    assert ids.shape == (1, model.model.block_size), "up to the last position there is"
+    assert network.generate(**prompt).shape == (1, 4 + 8), "half the positions"
+    ids = network.generate(**prompt, do_sample=False, max_new_tokens=12)
     expected = prompt["input_ids"]
     while expected.shape[1] < model.model.block_size:
         following = logits_of(network, expected.numpy())[:, -1:].argmax(-1)
         expected = torch.cat((expected, torch.from_numpy(following)), dim=1)
     assert ids.tolist() == expected.tolist()
     assert tokenizer.decode(ids[0]) == model.vocabulary.decode(ids[0].tolist())
+
+
+TEXTS = ["abc\n\nde", "j", "a\nb"]
+
+
+@pytest.fixture
+def silence(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Nothing is said: not by a warning, nor by transformers' logger."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert [line for line in said.err.splitlines() if line and "Loading weights" not in line] == []
+
+
+def test_a_batch_is_padded_on_the_left_and_gives_what_each_text_gives(tmp_path: Path, silence: None) -> None:
+    folder = save(random_model(), tmp_path / "hf")
+    network, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for text in TEXTS:
+        ids = network.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=6, do_sample=False)
+        expected.append(tokenizer.decode(ids[0]))
+    assert len(set(expected)) == 3
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    assert batch["attention_mask"].sum(1).tolist() == [7, 1, 3]
+    for masked in (batch, {"input_ids": batch["input_ids"]}):  # without it, what pads can still be told from the text
+        ids = network.generate(**masked, max_new_tokens=6, do_sample=False)
+        assert tokenizer.batch_decode(ids, skip_special_tokens=True) == expected
+    pipe = pipeline("text-generation", model=network, tokenizer=tokenizer, batch_size=2)
+    found = [text["generated_text"] for (text,) in pipe(TEXTS, max_new_tokens=6, do_sample=False)]
+    assert found == expected
+    assert len(pipe("ab", do_sample=False)[0]["generated_text"]) == 2 + 8, "by default, what fits"
+    collated = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(text) for text in TEXTS])
+    assert collated["labels"][2].tolist() == [-100] * 4 + tokenizer("a\nb")["input_ids"], "no letter is left out"
+
+
+def test_what_pads_is_never_drawn(tmp_path: Path) -> None:
+    folder = save(random_model(), tmp_path / "hf")
+    network, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(["a"] * 500, return_tensors="pt")
+    settings: dict[str, Any] = dict(max_new_tokens=8, do_sample=True, temperature=9.0, top_k=0)
+    torch.manual_seed(0)
+    assert network.generate(**prompt, **settings).max() < tokenizer.pad_token_id
+    assert network.generate(**prompt, **settings, suppress_tokens=None).max() == tokenizer.pad_token_id, "the control"
+
+
+def test_a_tokenizer_that_has_a_special_token_pads_with_it_and_no_row_is_added(tmp_path: Path) -> None:
+    model, vocabulary = random_model(), TokenizerVocabulary.from_definition(DEFINITION, 280, "it")
+    config = dataclasses.replace(model.model, vocab_size=280)
+    table = {"transformer.wte.weight": np.ones((280, 32), np.float32)}
+    save_huggingface(config, dequantized(model) | table, vocabulary, tmp_path / "hf")
+    network, tokenizer = load(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert network.transformer.wte.weight.shape == (280, 32)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", vocabulary.itos.index("<|endoftext|>"))
+    assert network.generation_config.suppress_tokens == [277, 278, 279], "ids that no token has"
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_what_was_written_is_read_back(tmp_path: Path, by_transformers: bool) -> None:
+    model = random_model(bias=True)
+    folder = save(model, tmp_path / "hf")
+    if by_transformers:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
+        load(folder).save_pretrained(tmp_path / "again")
+        folder = tmp_path / "again"
+    source = load_float(folder)
+    assert (source.config, source.vocabulary) == (model.model, model.vocabulary)
+    arrays = convert.float_arrays(source.config, source.params)
+    for name, array in dequantized(model).items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -146,9 +223,8 @@ def test_convert_writes_an_int8_model_and_a_workdir(tmp_path: Path, run_script: 
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["n_inner"] == model.model.n_hidden
-    np.testing.assert_array_equal(
-        load(tmp_path / "hf").transformer.wte.weight.numpy(force=True), model.matrices["transformer.wte"].dequantize()
-    )
+    table = load(tmp_path / "hf").transformer.wte.weight.numpy(force=True)
+    np.testing.assert_array_equal(table[:-1], model.matrices["transformer.wte"].dequantize())
 
     write_run(tmp_path / "run", {4: 1.5})
     done = run_script("scripts/convert.py", "--input=run", "--to=huggingface", "--output=float")
@@ -156,6 +232,6 @@ def test_convert_writes_an_int8_model_and_a_workdir(tmp_path: Path, run_script: 
     assert "trained with quantization" in done.stdout, "says that the int8 model is another one"
     source, written = load_float(tmp_path / "run"), load(tmp_path / "float").state_dict()
     for name, array in convert.float_arrays(source.config, source.params).items():
-        theirs = written[name].numpy()
+        theirs = written[name].numpy()[: -1 if name == "transformer.wte.weight" else None]
         is_conv1d = array.ndim == 2 and ".h." in name
         np.testing.assert_array_equal(theirs.T if is_conv1d else theirs, array, err_msg=name)

@@ -114,8 +114,7 @@ def test_a_large_vocabulary_is_looked_up_in_int8(
 def test_an_interpreter_of_the_standard_computes_the_same(variant: dict[str, Any], exact: bool) -> None:
     """onnx's own, in NumPy, operator by operator, without any of ONNX Runtime's fusions."""
     model, tokens_BT = random_model(**variant), random_tokens(2, 9)
-    feeds = inputs(model, tokens_BT) | {"logits_to_keep": np.zeros(1, np.int64)}
-    (logits,) = ReferenceEvaluator(onnx_model(model, exact=exact)).run(["logits"], feeds)
+    (logits,) = ReferenceEvaluator(onnx_model(model, exact=exact)).run(["logits"], inputs(model, tokens_BT))
     assert_same_logits(logits, numpy_model(model).forward(tokens_BT))
 
 
@@ -174,7 +173,7 @@ def test_padding_on_the_left_changes_nothing(exact: bool) -> None:
     model = random_model(activation_bits=None)
     session, reference = session_of(onnx_model(model, exact=exact)), numpy_model(model)
     rows = [random_tokens(1, length, seed=length)[0] for length in (3, 7, 5)]
-    padded_BT = np.stack([np.pad(row, (7 - len(row), 0), constant_values=9) for row in rows])
+    padded_BT = np.stack([np.pad(row, (7 - len(row), 0), constant_values=model.vocabulary.size) for row in rows])
     mask_BS = np.stack([np.arange(7) >= 7 - len(row) for row in rows]).astype(np.int64)
     outputs = run(session, inputs(model, padded_BT, mask=mask_BS))
     token_B1 = random_tokens(3, 1, seed=1)
@@ -184,8 +183,18 @@ def test_padding_on_the_left_changes_nothing(exact: bool) -> None:
         np.testing.assert_allclose(outputs["logits"][index, 7 - len(row) :], alone[:-1], atol=1e-4)
         np.testing.assert_allclose(step["logits"][index], alone[-1:], atol=1e-4)
     assert np.isfinite(outputs["logits"]).all()
+    assert outputs["logits"].shape[2] == model.vocabulary.size, "what pads is never drawn"
     unmasked = run(session, inputs(model, padded_BT))["logits"]
     assert np.abs(unmasked[0, -1] - outputs["logits"][0, -1]).max() > 1e-2
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="indices element out of"):
+        run(session, inputs(model, padded_BT + 1))
+
+
+def test_nothing_is_said_when_the_file_is_opened(exact: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """An input that is an initializer, say, is a warning at every load."""
+    contents = onnx_model(random_model(), exact=exact).SerializeToString()
+    onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_padding_does_not_count_as_positions(exact: bool) -> None:
@@ -203,7 +212,9 @@ def test_the_last_logits_can_be_had_alone(keep: int, exact: bool) -> None:
     model, tokens_BT = random_model(activation_bits=None), random_tokens(2, 16)
     session = session_of(onnx_model(model, exact=exact))
     whole = run(session, inputs(model, tokens_BT))
-    kept = run(session, inputs(model, tokens_BT) | {"logits_to_keep": np.array([keep], np.int64)})
+    mask_BS = np.ones((2, 16), np.int64)
+    mask_BS[1, 3] += keep
+    kept = run(session, inputs(model, tokens_BT) | {"attention_mask": mask_BS})
     assert kept["logits"].shape == (2, min(keep, 16), 11)
     np.testing.assert_allclose(kept["logits"], whole["logits"][:, -keep:], atol=1e-4)
     for name in set(whole) - {"logits"}:

@@ -19,6 +19,7 @@ from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, quantize
 
 TRAINING = {"step": 8, "val_loss": 1.5}
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY.size, (4, 16)).astype(np.int32)
 
 
 def small_config(**changes: Any) -> Config:
@@ -181,7 +182,7 @@ def test_parameters_survive_nanogpts_names(config: Config) -> None:
 
 def test_the_report_measures_what_rounding_cost() -> None:
     model, weights = model_of(DEFAULT), weights_of(DEFAULT)
-    rows = {row.name: row for row in convert.report(params_of(DEFAULT), model)}
+    rows = {row.name: row for row in convert.report(params_of(DEFAULT), model, TOKENS)}
     assert list(rows) == list(model.matrices)
     for name, row in rows.items():
         codes, scale = model.matrices[name].codes, model.matrices[name].scale
@@ -199,7 +200,8 @@ def test_the_report_measures_what_rounding_cost() -> None:
     (line,) = [line for line in table if line.startswith(f"{name} ")]
     numbers = line.removeprefix(name).split()
     assert numbers[:3] == ["64", "x", "32"]
-    assert numbers[5:] == [str(rows[name].codes_used), f"{rows[name].sqnr_db:.2f}", "2,304"]
+    expected = [str(rows[name].codes_used), f"{rows[name].sqnr_db:.2f}", f"{rows[name].product_db:.2f}", "2,304"]
+    assert numbers[5:] == expected
 
 
 def test_a_matrix_of_zeros_has_no_noise() -> None:
@@ -207,6 +209,65 @@ def test_a_matrix_of_zeros_has_no_noise() -> None:
     params = jax.tree.map(np.copy, params_of(config))
     params["h_0"]["mlp"]["c_fc"]["kernel"][:] = 0.0
     model = convert.int8_model(config.model, config.quant, params, VOCABULARY, TRAINING)
-    row = next(row for row in convert.report(params, model) if row.name == "transformer.h.0.mlp.c_fc")
+    row = next(row for row in convert.report(params, model, TOKENS[:, :8]) if row.name == "transformer.h.0.mlp.c_fc")
     assert (row.codes_used, row.sqnr_db) == (1, math.inf)
     assert "inf" in convert.report_table([row])
+
+
+# --------------------------------------------------------------------------------------------------- outlying channels
+
+
+def with_outlier(config: Config) -> Any:
+    """The same function, one channel of every LayerNorm 300 times as large and what reads it as much smaller."""
+    params = jax.tree.map(np.copy, params_of(config))
+    for layer in range(config.model.n_layer):
+        block = params[f"h_{layer}"]
+        for norm, linear in ((block["ln_1"], block["attn"]["c_attn"]), (block["ln_2"], block["mlp"]["c_fc"])):
+            norm["scale"][5] *= 300
+            linear["kernel"][5] /= 300
+            if config.model.bias:
+                norm["bias"][:] = 0.1
+                norm["bias"][5] *= 300
+    return params
+
+
+def float_logits(config: Config, params: Any) -> np.ndarray:
+    return np.asarray(jax.jit(GPT(config.model, convert.FLOAT, "float").apply)({"params": params}, TOKENS))
+
+
+@both
+def test_folded_layer_norms_are_the_same_function(config: Config) -> None:
+    params = with_outlier(config)
+    folded = convert.fold_layer_norms(config.model, params)
+    expected = float_logits(config, params)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(float_logits(config, folded), expected, atol=1e-4)
+    for name in (f"transformer.h.{layer}.ln_{which}" for layer in range(2) for which in (1, 2)):
+        assert set(convert.float_vector(folded, f"{name}.weight").tolist()) == {1.0}
+        assert not config.model.bias or not convert.float_vector(folded, f"{name}.bias").any()
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_an_outlying_channel_costs_nothing(qat: bool) -> None:
+    params, parts = with_outlier(DEFAULT), (VOCABULARY, TRAINING)
+    plain = convert.report(params, convert.int8_model(DEFAULT.model, DEFAULT.quant, params, *parts), TOKENS)
+    assert "warning: int8 activations are coarse in 4 of 10 layers" in convert.report_table(plain)
+    model, rows = convert.quantized(DEFAULT.model, DEFAULT.quant, params, *parts, qat, TOKENS)
+    assert min(row.product_db for row in rows if row.product_db is not None) > 30
+    assert "warning" not in convert.report_table(rows)
+    assert model.training == TRAINING | {"quantization_aware": False}, "its codes are none that it was trained with"
+
+
+def test_what_was_trained_with_quantization_keeps_its_codes() -> None:
+    """Folding would give others."""
+    config, params = DEFAULT, jax.tree.map(np.copy, params_of(DEFAULT))
+    params["h_0"]["ln_1"]["scale"][:] = np.linspace(0.5, 1.5, 32)
+    parts = (config.model, config.quant, params, VOCABULARY, TRAINING)
+    expected = convert.int8_model(*parts).tensors()
+    models = [convert.quantized(*parts, qat, TOKENS)[0] for qat in (True, False)]
+    assert [model.training["quantization_aware"] for model in models] == [True, False]
+    kept, folded = (
+        {name: np.array_equal(array, expected[name]) for name, array in model.tensors().items()} for model in models
+    )
+    assert all(kept.values())
+    assert not folded["transformer.h.0.attn.c_attn.weight"]

@@ -52,6 +52,13 @@ def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("shows_amx", [False, True])
+def test_weights_are_not_repacked_for_amx(tmp_path: Path, shows_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("picogpt_jax.runtimes.llama_cpp_model.has_amx_int8", lambda: shows_amx)
+    assert load(random_model(), tmp_path / "m.gguf")._llama.model_params.use_extra_bufts is not shows_amx
+
+
+@needs_llama_cpp
 @both
 def test_llama_cpp_computes_nearly_our_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = random_model(**changes)

@@ -17,7 +17,7 @@ from test_int8_model import random_model, rewrite_json, rewrite_tensors
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import serving_quant, serving_variables
-from picogpt_jax.int8.int8_model import Int8Model, config_to_json, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, config_to_json, load_int8_model, save_int8_model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.numpy_model import EXACT_FEATURES, Int8Matrix, NumpyGPT, erf, gelu, quantize
@@ -175,6 +175,26 @@ def test_a_folder_that_cannot_be_read_is_refused(
     change(tmp_path / "int8")
     with pytest.raises(UserError, match=message):
         NumpyGPT.load(tmp_path / "int8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layer_norm_epsilon", value) for value in (10**400, -(10**400), float("inf"), -1.0, 0, None, "x", [], {})),
+        *(("n_head", value) for value in (0, -1, 3, 10**30, 4.0, float("nan"), True, "4")),
+        *((key, 10**400) for key in ("n_layer", "n_embd", "block_size", "vocab_size", "mlp_ratio", "activation")),
+    ],
+)
+def test_a_number_that_no_model_has_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    """When it is loaded, in a line of bearable length: some would fail only in the forward pass."""
+    save_int8_model(random_model(), tmp_path)
+    rewrite_json(tmp_path / "config.json", lambda config: config["model"].update({key: value}))
+    with pytest.raises(UserError, match=r"is none that this runtime computes|is no int8 folder") as refusal:
+        NumpyGPT.load(tmp_path)
+    assert len(str(refusal.value)) < 300 + len(str(tmp_path))
+    with pytest.raises(UserError) as refusal:
+        load_int8_model(tmp_path)
+    assert len(str(refusal.value)) < 300 + len(str(tmp_path))
 
 
 def test_it_needs_numpy_alone_and_shares_no_code(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from test_int8_model import random_model
 
+from picogpt_jax.devices import cpu
 from picogpt_jax.devices.cpu import can_flush_denormals
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.onnx_export import onnx_model, save_onnx
@@ -79,7 +80,7 @@ def test_small_calls_of_small_models_have_one_thread(
     side_by_side: int,
 ) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(onnx_session, name, value)
+        monkeypatch.setattr(cpu if name == "SMALL_CALL" else onnx_session, name, value)
     session = Session(b"model", threads)
     for _ in range(2):
         assert session.run(["logits"], TOKEN) == ["logits", opened[-1], 0]
@@ -111,7 +112,7 @@ def test_a_window_that_is_large_has_all_cores(monkeypatch: pytest.MonkeyPatch) -
     contents = onnx_model(random_model()).SerializeToString()
     monkeypatch.setattr(onnx_session, "cores", lambda: 4)
     assert OnnxGPT(contents).windows_at_once == 4
-    monkeypatch.setattr(onnx_session, "SMALL_CALL", 15 * len(contents))
+    monkeypatch.setattr(cpu, "SMALL_CALL", 15 * len(contents))
     model = OnnxGPT(contents)
     assert model.windows_at_once == 1
     assert model.forward(np.zeros((3, 16), np.int64)).shape == (3, 16, 11)
@@ -120,7 +121,7 @@ def test_a_window_that_is_large_has_all_cores(monkeypatch: pytest.MonkeyPatch) -
 def test_a_file_that_changes_later_does_not_matter(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(onnx_session, "SMALL_CALL", 4)
+    monkeypatch.setattr(cpu, "SMALL_CALL", 4)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"first")
     session = Session(path, None)

@@ -19,6 +19,7 @@ from conftest import ROOT
 from test_int8_model import random_model
 from test_numpy_model import BIT_FOR_BIT, numpy_model
 
+from picogpt_jax.devices import cpu
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.sources import load_int8
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
@@ -307,6 +308,52 @@ def test_a_uniform_model_loses_log_v_nats_per_token() -> None:
 def test_evaluation_refuses_what_it_cannot_do(tokens: np.ndarray, block_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Int8GPT(random_model()).evaluate(tokens, block_size)
+
+
+@pytest.mark.parametrize("mlp_ratio", [1, 2])
+def test_a_model_of_one_feature_has_the_right_numbers(mlp_ratio: int) -> None:
+    """LayerNorm makes 0 of a single feature: what is left are the biases, which the head multiplies."""
+    model, tokens = random_model(n_embd=1, n_head=1, bias=True, mlp_ratio=mlp_ratio), random_tokens(4, 8)
+    expected = np.stack([reference_logits(model, ids) for ids in tokens.tolist()])
+    assert expected.std() > 0.01
+    for exact in (True, False):
+        np.testing.assert_allclose(Int8GPT(model, exact)(tokens).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_small_calls_have_one_thread_and_the_callers_number_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, threads = Int8GPT(random_model()), []
+    model.ln_f.register_forward_pre_hook(lambda module, inputs: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model.generate(random_tokens(1, 4), 2)
+        monkeypatch.setattr(cpu, "SMALL_CALL", 15 * sum(buffer.nbytes for buffer in model.buffers()))
+        for length in (15, 16):
+            model(random_tokens(1, length))
+            assert torch.get_num_threads() == 3
+        with pytest.raises(ValueError, match="17 positions"):
+            model(random_tokens(1, 17)[:, :17])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 1, 1, 3]
+
+
+def test_a_seed_gives_the_text_that_it_always_gave() -> None:
+    """By PyTorch's own generator; if this differs, the same seed no longer gives users the text that it gave."""
+    model, prompt = Int8GPT(random_model(activation="relu")), random_tokens(2, 21)
+    expected = [10, 10, 10, 2, 2, 2, 10, 10, 10, 7, 8, 8, 8, 10, 5, 5, 4, 5, 2, 2, 10, 10, 1, 10]
+    assert model.generate(prompt, 40, temperature=0.9, seed=4)[0, 17:41].tolist() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_draws_the_same_text_and_has_the_same_loss() -> None:
+    model, prompt, data = random_model(activation_bits=None), random_tokens(2, 3), random_tokens(1, 50)[0].numpy()
+    on_cpu, on_cuda = Int8GPT(model), Int8GPT(model).to("cuda")
+    text = on_cuda.generate(prompt.to("cuda"), 30, seed=5, callback=lambda token_B: token_B.numpy())
+    assert text.device.type == "cuda"
+    assert torch.equal(text.cpu(), on_cpu.generate(prompt, 30, seed=5))
+    assert on_cuda.evaluate(data, 16) == pytest.approx(on_cpu.evaluate(data, 16), rel=1e-5)
 
 
 COUNTS_FAULTS = """
