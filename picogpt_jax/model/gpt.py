@@ -236,6 +236,7 @@ class GPT(nn.Module):
         attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
         backward_dtype: what the operands of the backward pass's products are rounded to (`kernels.products`); None:
             they have the compute type.
+        vocabulary_size: token ids that there are, where `config.vocab_size` is padded beyond them (`Embedding.used`).
     """
 
     config: ModelConfig
@@ -246,11 +247,13 @@ class GPT(nn.Module):
     remat: Remat = "none"
     attention: AttentionForm = "plain"
     backward_dtype: jnp.dtype | None = None
+    vocabulary_size: int | None = None
 
     def setup(self) -> None:
         config = self.config
         parts = (self.quant, self.mode, self.dtype)
-        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, ("vocab", "embed"), self.backward_dtype)
+        head = (self.backward_dtype, self.vocabulary_size)
+        self.wte = Embedding(config.vocab_size, config.n_embd, *parts, ("vocab", "embed"), *head)
         self.wpe = Embedding(config.block_size, config.n_embd, *parts, axes=("position", "embed"))
         self.h: Any
         if self.scan:
