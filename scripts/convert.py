@@ -65,7 +65,9 @@ def to_checkpoint() -> None:
 
     source = load_for_import(INPUT.value, DATA.value)
     write_workdir(source, get_config().to_dict(), OUTPUT.value)
-    print(f"wrote {OUTPUT.value}: {source.config.n_parameters:,} parameters, {source.config.vocab_size:,} tokens")
+    padding = f", without {source.left_out:,} rows that stand for none" if source.left_out else ""
+    tokens = f"{source.config.vocab_size:,} tokens{padding}"
+    print(f"wrote {OUTPUT.value}: {source.config.n_parameters:,} parameters, {tokens}")
     print(f"train it with: python scripts/train.py --config=configs/finetune.py --workdir={OUTPUT.value}")
 
 
@@ -131,8 +133,10 @@ def to_huggingface() -> None:
 def to_gguf() -> None:
     from picogpt_jax.formats.gguf_export import save_gguf
 
-    save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
+    cost = save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
     print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
+    if cost:
+        print(cost)
 
 
 def to_onnx() -> None:

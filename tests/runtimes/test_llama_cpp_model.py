@@ -1,6 +1,5 @@
 """The GGUF file in llama.cpp itself, where llama-cpp-python is installed: it has to be compiled, for minutes."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +9,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunScript
+from test_gguf_export import with_scale, with_vocabulary
 from test_int8_model import random_model
 from tiny import write_data
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.gguf_export import save_gguf
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.torch_model import Int8GPT
 from picogpt_jax.text.reading import vocabulary_of_data
 from picogpt_jax.text.vocabulary import Vocabulary
 
 try:
+    import llama_cpp
+
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     INSTALLED = True
@@ -37,18 +39,6 @@ both = pytest.mark.parametrize("changes", [{}, FULL], ids=["bare", "full"])
 def load(model: Int8Model, path: Path) -> "LlamaCppGPT":
     save_gguf(model, path)
     return LlamaCppGPT(path)
-
-
-def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
-    model, generator = random_model(), np.random.default_rng(1)
-    codes = generator.integers(-127, 128, (vocabulary.size, model.model.n_embd)).astype(np.int8)
-    wte = Int8Tensor(codes, np.full((vocabulary.size, 1), 0.01, np.float32))
-    return dataclasses.replace(
-        model,
-        model=dataclasses.replace(model.model, vocab_size=vocabulary.size),
-        vocabulary=vocabulary,
-        matrices=model.matrices | {"transformer.wte": wte},
-    )
 
 
 @needs_llama_cpp
@@ -92,6 +82,35 @@ def test_text_is_tokenized_as_ours_and_comes_back(tmp_path: Path) -> None:
     expected = ASCII.encode(text).tolist()
     assert loaded._llama.tokenize(text.encode(), add_bos=True, special=True) == expected
     assert loaded._llama.detokenize(expected) == text.encode()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("characters", ["\nabcdefghijklmnopqrstuvwxyz", "ACGT\n", "0123456789+=\n", "0123456789+="])
+def test_no_letter_ends_a_text(tmp_path: Path, characters: str) -> None:
+    """Of names, DNA, sums, also without a line break: by llama.cpp's own account, and as it writes."""
+    loaded = load(with_vocabulary(Vocabulary(tuple(characters))), tmp_path / "m.gguf")
+    llama, prompt = loaded._llama, characters[1]
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    assert not any(llama_cpp.llama_vocab_is_eog(vocab, token) for token in range(len(characters)))
+    assert (llama.token_bos(), llama.token_eos()) == (-1, -1)
+    written = ""
+    for seed in range(2 * len(characters)):
+        (choice,) = llama.create_completion(prompt, max_tokens=14, temperature=5.0, top_k=0, seed=seed)["choices"]
+        assert (len(choice["text"]), choice["finish_reason"]) == (14, "length")
+        written += choice["text"]
+    assert set(written) == set(characters), "every one of them is drawn"
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("scale", [5e-3, 1e-5], ids=["subnormal", "float32"])
+def test_tiny_scales_cost_no_loss(tmp_path: Path, scale: float) -> None:
+    """Of every matrix; what the LayerNorms take is then tiny, too, but for its direction."""
+    model, tokens = random_model(layer_norm_epsilon=1e-15), np.random.default_rng(0).integers(0, 11, 38)
+    for name in model.matrices:
+        if name != "transformer.wte":
+            model = with_scale(model, name, scale)
+    theirs = loop.evaluate(load(model, tmp_path / "m.gguf"), tokens, 16)
+    assert theirs == pytest.approx(Int8GPT(model).evaluate(tokens, 16), abs=0.01)
 
 
 @needs_llama_cpp
