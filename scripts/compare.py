@@ -151,7 +151,7 @@ def load_torch(path: Path) -> Passes:
 
     from picogpt_jax.runtimes.torch_model import Int8GPT
 
-    network = Int8GPT(sources.load_int8(path))
+    network = Int8GPT(load_int8_model(path))
     return (
         lambda tokens_BT: network(torch.from_numpy(tokens_BT)).numpy(),
         lambda prompts_BT, new_tokens: network.generate(
