@@ -90,8 +90,7 @@ def cache_parts(sequences: int, block_size: int, width: int) -> int:
 class Trainer:
     """The compiled parts of one run: initialisation, training steps, evaluation; nothing here touches the disk.
 
-    Args:
-        vocabulary_size: token ids of the data, where `model.vocab_size` is padded beyond them.
+    `vocabulary_size`: token ids of the data, where `model.vocab_size` is padded beyond them.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The GGUF file in llama.cpp itself, where llama-cpp-python is installed: it has to be compiled, for minutes."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -93,24 +94,28 @@ def test_no_letter_ends_a_text(tmp_path: Path, characters: str) -> None:
     vocab = llama_cpp.llama_model_get_vocab(llama.model)
     assert not any(llama_cpp.llama_vocab_is_eog(vocab, token) for token in range(len(characters)))
     assert (llama.token_bos(), llama.token_eos()) == (-1, -1)
-    written = ""
-    for seed in range(2 * len(characters)):
-        (choice,) = llama.create_completion(prompt, max_tokens=14, temperature=5.0, top_k=0, seed=seed)["choices"]
+    written, anything = "", dict(temperature=100.0, top_k=0, top_p=1.0, min_p=0.0)
+    for seed in range(20):
+        (choice,) = llama.create_completion(prompt, max_tokens=14, seed=seed, **anything)["choices"]
         assert (len(choice["text"]), choice["finish_reason"]) == (14, "length")
         written += choice["text"]
     assert set(written) == set(characters), "every one of them is drawn"
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("scale", [5e-3, 1e-5], ids=["subnormal", "float32"])
-def test_tiny_scales_cost_no_loss(tmp_path: Path, scale: float) -> None:
-    """Of every matrix; what the LayerNorms take is then tiny, too, but for its direction."""
+@pytest.mark.parametrize(("scale", "kind"), [(5e-3, "moves the scales of 6"), (1e-5, "does not hold")])
+def test_tiny_scales_cost_no_loss(tmp_path: Path, scale: float, kind: str) -> None:
+    """Of all that adds to the residual stream, whose size LayerNorm takes away: the same function."""
     model, tokens = random_model(layer_norm_epsilon=1e-15), np.random.default_rng(0).integers(0, 11, 38)
+    expected = Int8GPT(model).evaluate(tokens, 16)
     for name in model.matrices:
-        if name != "transformer.wte":
+        if name.endswith(("wte", "wpe", "c_proj")):
             model = with_scale(model, name, scale)
-    theirs = loop.evaluate(load(model, tmp_path / "m.gguf"), tokens, 16)
-    assert theirs == pytest.approx(Int8GPT(model).evaluate(tokens, 16), abs=0.01)
+    weight = (model.vectors["transformer.ln_f.weight"] / scale).astype(np.float32)
+    model = dataclasses.replace(model, vectors=model.vectors | {"transformer.ln_f.weight": weight})
+    assert Int8GPT(model).evaluate(tokens, 16) == pytest.approx(expected, abs=2e-3), "but for the rounding"
+    assert kind in save_gguf(model, tmp_path / "m.gguf")
+    assert loop.evaluate(LlamaCppGPT(tmp_path / "m.gguf"), tokens, 16) == pytest.approx(expected, abs=0.01)
 
 
 @needs_llama_cpp
