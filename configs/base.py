@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.model.n_head = 4
     config.model.n_embd = 192  # width; a multiple of n_head
     config.model.block_size = 128  # tokens of context
-    config.model.vocab_size = config_dict.placeholder(int)  # None: the data set's own (meta.json)
+    config.model.vocab_size = config_dict.placeholder(int)  # None: the data's; more rows pad the table in training
     config.model.mlp_ratio = 2  # hidden width of the MLP / n_embd: 2 in picoGPT, 4 in nanoGPT and GPT-2
     config.model.bias = False  # biases in the linear layers and LayerNorms
     config.model.activation = "gelu"  # gelu (exact, erf) | gelu_tanh (GPT-2's) | relu

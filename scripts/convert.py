@@ -65,7 +65,9 @@ def to_checkpoint() -> None:
     silence_background_errors()
     source = load_for_import(INPUT.value, DATA.value)
     write_workdir(source, get_config().to_dict(), OUTPUT.value)
-    print(f"wrote {OUTPUT.value}: {source.config.n_parameters:,} parameters, {source.config.vocab_size:,} tokens")
+    padding = f", without {source.left_out:,} rows that stand for none" if source.left_out else ""
+    tokens = f"{source.config.vocab_size:,} tokens{padding}"
+    print(f"wrote {OUTPUT.value}: {source.config.n_parameters:,} parameters, {tokens}")
     data = DATA.value or (source.run.data.dir if source.run else "")
     if not data or not (Path(data) / "train.bin").is_file():
         data = f"{OUTPUT.value}/data"
@@ -138,8 +140,10 @@ def to_huggingface() -> None:
 def to_gguf() -> None:
     from picogpt_jax.formats.gguf_export import save_gguf
 
-    save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
+    cost = save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
     print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
+    if cost:
+        print(cost)
 
 
 def to_onnx() -> None:

@@ -100,10 +100,11 @@ def report(result: Any) -> None:
 
 
 def complete(model: dict[str, Any], vocabulary: Vocabulary) -> None:
-    """Sets what the configuration leaves open: the vocabulary's size is the data's, the rest is the workdir's."""
-    if model["vocab_size"] is None:
-        model["vocab_size"] = vocabulary.size
+    """Sets what the configuration leaves open: the model is the workdir's, or only its vocabulary is the data's."""
     missing = [f"model.{key}" for key, value in model.items() if value is None]
+    if missing == ["model.vocab_size"]:
+        model["vocab_size"] = vocabulary.size
+        return
     stored = Path(WORKDIR.value) / "config.json"
     if missing and not stored.is_file():
         make = command("scripts/convert.py", input="MODEL", to="checkpoint", output=WORKDIR.value)

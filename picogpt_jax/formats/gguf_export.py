@@ -6,15 +6,18 @@ those that the model does not have are zeros. The tied head is `token_embd.weigh
 
 What differs from the other runtimes, because the format or llama.cpp has it so:
 
-- scales are rounded to float16, which moves each by at most 2**-11 of its value;
+- scales are rounded to float16, which moves each by at most 2**-11 of its value, and tiny ones, of which float16 has
+  fewer bits, by at most 2**-8, half a step of the largest code; a matrix whose scales it cannot hold is float32;
 - activations are quantized in blocks of 32 with a float16 scale each, not with one scale per token, whatever
   `activation_bits` says;
 - GELU is the tanh form, on CPUs from a table in float16;
 - keys and values are kept in float16, unless llama.cpp is told otherwise;
-- text is a byte-level BPE vocabulary: a character is one token if it is one byte in UTF-8, and llama.cpp drops
-  characters that are not in the vocabulary;
-- there is always a token that ends a text: id 11 where a file names none. This file names a character that is rare in
-  texts (`end_token`); llama.cpp's own programs stop when it is drawn, or never draw it, with --ignore-eos.
+- llama.cpp refuses a text with a character that is not in the vocabulary.
+
+No token ends a text, as in every other runtime. With GPT-2's own kind of tokenizer llama.cpp would take some for it: id
+11 where a file names none, and an id that is no token counts as none. Nor can a row of the table be one that is never
+drawn: logits are linear in it. So the tokenizer is RWKV's, a plain list of byte strings, for which llama.cpp assumes no
+special token; the longest string that fits is the next token.
 
 Formats: ggml's docs/gguf.md; llama.cpp's src/llama-vocab.cpp and src/models/gpt2.cpp.
 """
@@ -39,13 +42,7 @@ from picogpt_jax.text.tokenizer import TokenizerVocabulary
 from picogpt_jax.text.vocabulary import Vocabulary
 
 BLOCK = 32  # codes that share a scale
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0  # of float16; below, it loses bits of the 11 that it has
-
-# llama.cpp refuses a vocabulary without merges. Text starts as single characters, and nothing makes a "no" of them.
-NEVER_MERGED = "no merge"
-# How text is cut before BPE: any would do, since nothing is merged. With this one llama.cpp does not "clean up" spaces.
-PRE_TOKENIZER = "qwen2"
-RARE_CHARACTERS = (*map(chr, (*range(9), 11, 12, *range(14, 32), 127)), *"`~^|\\$@#%&{}<>*+=_/[]")
+ROUNDING, LARGEST_ERROR = 2.0**-11, 2.0**-8  # of a scale in float16, relative: with all its bits, and where it will do
 
 BLOCK_NAMES = {
     "ln_1": "attn_norm",
@@ -69,33 +66,26 @@ def gguf_names(model: ModelConfig) -> dict[str, str]:
 
 
 def token_string(char: str) -> str:
-    """A character of one byte as GPT-2 writes bytes: printable ones as they are, the others from U+0100 on."""
-    return char if "!" <= char <= "~" else chr(0x100 + min(ord(char), 33))  # 0 to 32, and 127 follows
+    """A character of one byte as RWKV's vocabulary writes it: printable ones as they are, but for the backslash."""
+    return char if " " <= char <= "~" and char != "\\" else f"\\x{ord(char):02x}"
 
 
-def end_token(vocabulary: Vocabulary) -> int:
-    """The id that llama.cpp is given as the end of a text: the first rare character that there is, else the last id."""
-    present = [char for char in RARE_CHARACTERS if char in vocabulary.itos]
-    return vocabulary.itos.index(present[0]) if present else vocabulary.size - 1
+def scale_error(tensor: Int8Tensor) -> float:
+    """By how much of its value float16 moves a scale, at most."""
+    with np.errstate(over="ignore"):  # a scale beyond float16 becomes infinite, and so does its error
+        return float(np.abs(tensor.scale.astype(np.float16) / tensor.scale - 1).max())
 
 
 def q8_0_blocks(name: str, tensor: Int8Tensor) -> np.ndarray:
     """The matrix as Q8_0: uint8 [rows, cols / 32 * 34], each block a little-endian float16 scale and 32 int8 codes.
 
     Raises:
-        UserError: 32 does not divide the columns, or float16 does not hold a scale with all its bits.
+        UserError: 32 does not divide the columns.
     """
     rows, cols = tensor.codes.shape
     if cols % BLOCK:
         raise UserError(
             f"{name} has rows of {cols}; Q8_0 holds blocks of {BLOCK}: train with a model.n_embd that {BLOCK} divides"
-        )
-    smallest, largest = tensor.scale.min(), tensor.scale.max()
-    if smallest < SMALLEST_SCALE or largest > LARGEST_SCALE:
-        found = smallest if smallest < SMALLEST_SCALE else largest
-        raise UserError(
-            f"{name} has a scale of {found:.3g}; Q8_0 stores it in float16, which holds {SMALLEST_SCALE:.3g} to "
-            f"{LARGEST_SCALE:.0f} with all its bits: use another format"
         )
     scale = np.broadcast_to(tensor.scale.astype("<f2"), (rows, cols // BLOCK))
     blocks = np.empty((rows, cols // BLOCK, 2 + BLOCK), np.uint8)
@@ -104,8 +94,11 @@ def q8_0_blocks(name: str, tensor: Int8Tensor) -> np.ndarray:
     return blocks.reshape(rows, -1)
 
 
-def save_gguf(model: Int8Model, path: str | os.PathLike[str]) -> None:
+def save_gguf(model: Int8Model, path: str | os.PathLike[str]) -> str:
     """Writes the file.
+
+    Returns:
+        what float16 costs where scales are too small or too large for all its bits, as a line; "": nothing.
 
     Raises:
         UserError: llama.cpp or Q8_0 cannot hold the model (the message says what and why), or `path` cannot be written.
@@ -115,23 +108,40 @@ def save_gguf(model: Int8Model, path: str | os.PathLike[str]) -> None:
         name: model.vectors.get(name, np.zeros(shape, np.float32))
         for name, shape in dataclasses.replace(model.model, bias=True).vector_shapes().items()
     }
-    matrices = {f"{name}.weight": q8_0_blocks(name, matrix) for name, matrix in model.matrices.items()}
+    errors = {name: scale_error(matrix) for name, matrix in model.matrices.items()}
+    tensors = vectors | {
+        f"{name}.weight": q8_0_blocks(name, matrix) if errors[name] <= LARGEST_ERROR else matrix.dequantize()
+        for name, matrix in model.matrices.items()
+    }
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         _add_description(writer, model)
         _add_architecture(writer, model.model)
         _add_vocabulary(writer, model.vocabulary)
         for name, gguf_name in gguf_names(model.model).items():
-            if name in matrices:
-                writer.add_tensor(gguf_name, matrices[name], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-            else:
-                writer.add_tensor(gguf_name, vectors[name])
+            kind = gguf.GGMLQuantizationType.Q8_0 if tensors[name].dtype == np.uint8 else None
+            writer.add_tensor(gguf_name, tensors[name], raw_dtype=kind)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
         finally:
             writer.close()
+    return _cost(model, errors)
+
+
+def _cost(model: Int8Model, errors: dict[str, float]) -> str:
+    """A line about the matrices whose scales float16 moves by more than rounding, by these errors."""
+    tiny = [error for error in errors.values() if ROUNDING < error <= LARGEST_ERROR]
+    wide = [name for name, error in errors.items() if error > LARGEST_ERROR]
+    parts = []
+    if tiny:
+        parts.append(f"float16 moves the scales of {len(tiny)} of {len(errors)} matrices by up to {max(tiny):.2%}")
+    if wide:
+        more = sum(model.matrices[name].codes.size for name in wide) * (3 * BLOCK - 2) // BLOCK
+        others = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+        parts.append(f"float16 does not hold the scales of {wide[0]}{others}: float32 instead, {more:,} bytes more")
+    return "; ".join(parts)
 
 
 def _check_expressible(model: Int8Model) -> None:
@@ -194,13 +204,9 @@ def _add_architecture(writer: gguf.GGUFWriter, model: ModelConfig) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_tokenizer_model("rwkv")
     writer.add_token_list([token_string(char) for char in vocabulary.itos])
     writer.add_token_types([gguf.TokenType.NORMAL] * vocabulary.size)
-    writer.add_token_merges([NEVER_MERGED])
-    writer.add_bos_token_id(end_token(vocabulary))
-    writer.add_eos_token_id(end_token(vocabulary))
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

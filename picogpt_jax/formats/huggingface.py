@@ -78,15 +78,6 @@ def with_padding(table_VC: npt.NDArray[np.float32], vocabulary: Vocabulary) -> n
     return np.concatenate([table_VC, table_VC.mean(0, keepdims=True)])
 
 
-def without_padding(
-    model: ModelConfig, arrays: dict[str, np.ndarray], vocabulary: Vocabulary
-) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """What was read, without the row that `with_padding` added."""
-    if model.vocab_size != vocabulary.size + 1:
-        return model, arrays
-    return dataclasses.replace(model, vocab_size=vocabulary.size), arrays | {TABLE: arrays[TABLE][:-1]}
-
-
 def save_huggingface(
     model: ModelConfig, arrays: Mapping[str, np.ndarray], vocabulary: Vocabulary, folder: str | os.PathLike[str]
 ) -> None:

@@ -39,6 +39,7 @@ class FloatModel:
         params: the parameter tree of `GPT`, float32.
         step: optimizer steps made, before and after an import.
         qat: whether these parameters were trained with our quantization in the forward pass.
+        left_out: rows of the token table beyond the vocabulary, which pad it in training alone.
     """
 
     config: ModelConfig
@@ -49,6 +50,7 @@ class FloatModel:
     step: int
     val_loss: float | None
     qat: bool
+    left_out: int = 0
 
 
 def recognise(path: str | os.PathLike[str]) -> Kind:
@@ -131,7 +133,13 @@ def load_float(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | 
         _refuse_export(path, kind)
         raise UserError(f"{path} is an int8 model; its float parameters are gone: give the workdir it was made from")
     check_vocabulary(source.vocabulary, source.config, path, data_dir)
-    return source
+    size = source.vocabulary.size
+    return dataclasses.replace(
+        source,
+        config=dataclasses.replace(source.config, vocab_size=size),
+        params={**source.params, "wte": {"embedding": source.params["wte"]["embedding"][:size]}},
+        left_out=source.config.vocab_size - size,
+    )
 
 
 def check_vocabulary(
@@ -140,13 +148,13 @@ def check_vocabulary(
     path: str | os.PathLike[str],
     data_dir: str | os.PathLike[str] | None,
 ) -> None:
-    """Raises a UserError if the vocabulary is not as large as the model's table, or not that of `data_dir`."""
-    if vocabulary.size != model.vocab_size:
+    """Raises a UserError if the vocabulary is larger than the model's table, or not that of `data_dir`."""
+    if vocabulary.size > model.vocab_size:
         raise UserError(
             f"{path} is a model of {model.vocab_size} tokens, its vocabulary has {vocabulary.size}; give --data the "
             "folder of the data that it was trained on"
         )
-    if data_dir is not None and not vocabulary.fits(vocabulary_of_data(data_dir, model.vocab_size)):
+    if data_dir is not None and not vocabulary.fits(vocabulary_of_data(data_dir, vocabulary.size)):
         raise UserError(f"{path} has another vocabulary than --data={data_dir}; leave --data out")
 
 
@@ -192,7 +200,8 @@ def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
     model, vocabulary = NumpyGPT.load(path), load_vocabulary(Path(path) / VOCABULARY_FILE)
     if vocabulary.size != model.vocab_size:
         raise UserError(
-            f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
+            f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}; make the "
+            "folder again with scripts/quantize.py"
         )
     return model, vocabulary
 

@@ -79,11 +79,11 @@ def int8_model(
 
     Args:
         quant: the grid; where the run's `quant.mode` was "none", this is post-training quantization.
-        params: float32 parameters of `GPT`.
+        params: float32 parameters of `GPT`; rows of the token table beyond the vocabulary are left out.
         training: what to note about the run (step, val_loss, dataset, ...).
     """
     quant = dataclasses.replace(quant, mode="int8", backward_bits=None)
-    model = GPT(config, Numerics(quant, "convert"))
+    model = GPT(config, Numerics(quant, "convert"), vocabulary_size=vocabulary.size)
     tokens = jnp.zeros((1, 1), jnp.int32)
     _, collections = jax.jit(lambda params: model.apply({"params": params}, tokens, mutable=["aqt"]))(params)
     wpe = jax.jit(quantize, static_argnums=1)(params["wpe"]["embedding"], quant.weight_granularity)
@@ -122,8 +122,8 @@ def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, A
     """The variables of `GPT(..., mode="serve")`: int8 codes, their scales and the float vectors; no float matrix.
 
     Args:
-        mesh: splits them by the table of `sharding`, codes [out, in] along the axes of the float kernel [in, out];
-            None: one device holds them.
+        mesh: splits them by the table of `sharding`, codes [out, in] along the axes of the float kernel [in, out]; a
+            vocabulary that does not divide is whole on every device. None: one device holds them.
 
     Raises:
         UserError: a dimension does not divide over its mesh axis.
@@ -135,7 +135,8 @@ def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, A
             return jnp.asarray(array)
         names = _lookup(axes, path)[:: -1 if path[-1] == "kernel" else 1]
         # A scale has one entry where the codes have the dimension that is summed over.
-        split = [None if size == 1 else axis for axis, size in zip(names, array.shape, strict=True)]
+        whole = lambda axis, size: size == 1 or (axis == "vocab" and size % mesh.shape["tensor"])  # noqa: E731
+        split = [None if whole(axis, size) else axis for axis, size in zip(names, array.shape, strict=True)]
         return jax.device_put(array, sharding.placement(split, "/".join(path), array.shape, mesh))
 
     codes: dict[str, Any] = {}

@@ -86,6 +86,9 @@ class Int8Tensor:
 class Int8Model:
     """A model as it is served. Construction checks every name, dtype, shape and value.
 
+    Rows of the token table beyond the vocabulary, which pad it in training, are left out: of codes that are there
+    already, so that a scale of the whole table stays that of the training.
+
     Attributes:
         model: the architecture.
         quantization: the granularity of the scales, and whether activations are int8.
@@ -106,7 +109,7 @@ class Int8Model:
     vectors: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
-        if self.vocabulary.size != self.model.vocab_size:
+        if self.vocabulary.size > self.model.vocab_size:
             raise UserError(
                 f"the vocabulary has {self.vocabulary.size} entries, but model.vocab_size={self.model.vocab_size}"
             )
@@ -116,6 +119,11 @@ class Int8Model:
         check_layout(layout_of(tensors), int8_layout(self.model, self.quantization.weight_granularity))
         for name, array in tensors.items():
             _check_values(name, array)
+        size, table = self.vocabulary.size, self.matrices["transformer.wte"]
+        if size < self.model.vocab_size:
+            table = Int8Tensor(table.codes[:size], table.scale[:size])  # of one scale, this is all of it
+            object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=size))
+            object.__setattr__(self, "matrices", self.matrices | {"transformer.wte": table})
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All tensors under the names of `model.safetensors`."""

@@ -190,16 +190,18 @@ class GPT(nn.Module):
         scan: compile one block and run it `n_layer` times, its parameters stacked (`picogpt_jax.model.layers`).
         remat: what the backward pass computes again instead of keeping it. Both are for training: modes "float" and
             "train", without a cache.
+        vocabulary_size: token ids that there are, where `config.vocab_size` is padded beyond them (`Embedding.used`).
     """
 
     config: ModelConfig
     numerics: Numerics
     scan: bool = False
     remat: Remat = "none"
+    vocabulary_size: int | None = None
 
     def setup(self) -> None:
         config, numerics = self.config, self.numerics
-        self.wte = Embedding(config.vocab_size, config.n_embd, ("vocab", "embed"), numerics)
+        self.wte = Embedding(config.vocab_size, config.n_embd, ("vocab", "embed"), numerics, self.vocabulary_size)
         self.wpe = Embedding(config.block_size, config.n_embd, ("position", "embed"), numerics)
         self.h: Any
         if self.scan:

@@ -71,12 +71,18 @@ class Dense(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table [rows, C], looked up; as the tied head it also multiplies (`attend`), with the same codes and scales."""
+    """A table [rows, C], looked up; as the tied head it also multiplies (`attend`), with the same codes and scales.
+
+    Attributes:
+        used: how many rows stand for tokens, None: all. The others pad the table, in training alone: nothing depends on
+            what they hold, neither a scale of the whole table nor a loss, so that a model is served without them.
+    """
 
     rows: int
     width: int
     axes: tuple[str, str]
     numerics: Numerics
+    used: int | None = None
 
     def setup(self) -> None:
         self.table: Any
@@ -85,6 +91,8 @@ class Embedding(nn.Module):
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
             self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
+            if self.used is not None and self.used < self.rows:
+                self.table = jnp.where(jnp.arange(self.rows)[:, None] < self.used, self.table, 0.0)
             self.dot_general = quantized_dot_general(self.numerics)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
@@ -102,7 +110,10 @@ class Embedding(nn.Module):
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
         if isinstance(self.table, QuantizedTensor):
             return int8_dot(x_BTC, self.table, self.numerics.quant.activation_bits)
-        return matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
+        logits_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
+        if self.used is None or self.used == self.rows:
+            return logits_BTV
+        return jnp.where(jnp.arange(self.rows)[None, None] < self.used, logits_BTV, jnp.finfo(logits_BTV.dtype).min)
 
 
 def matmul(

@@ -102,7 +102,8 @@ class OnnxGPT:
         model, quantization, training = config_from_json(metadata["config"])
         vocabulary = vocabulary_from_json(metadata["vocabulary"], "its vocabulary")
         if vocabulary.size != model.vocab_size:
-            raise UserError(f"its vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}")
+            found = f"its vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
+            raise UserError(f"{found}; export it again")
         return model, quantization, training, vocabulary
 
     def _check_signature(self) -> None:

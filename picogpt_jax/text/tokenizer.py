@@ -32,7 +32,8 @@ class TokenizerVocabulary(Vocabulary):
     """A byte-level BPE vocabulary.
 
     Attributes:
-        itos: token id -> its name in tokenizer.json, where a byte is a letter; "" for an id that pads the vocabulary.
+        itos: token id -> its name in tokenizer.json, where a byte is a letter; "" for an id that it leaves out. The
+            last one is a token: further rows of a model's table stand for nothing.
         definition: the contents of tokenizer.json.
 
     Raises:
@@ -86,8 +87,7 @@ class TokenizerVocabulary(Vocabulary):
 
         Args:
             definition: the contents of tokenizer.json.
-            size: of the model's table: at least the tokenizer's, which is what None stands for; further rows are never
-            used, as in padded models.
+            size: of the model's table: at least the tokenizer's, which is what None stands for.
             source: for the error message.
         """
         model = _section(definition, "model", source)
@@ -107,7 +107,7 @@ class TokenizerVocabulary(Vocabulary):
         if not is_list or not all(isinstance(token.get("content"), str) for token in added):
             raise UserError(f"{source}: added_tokens is not a list of tokens")
         ids |= {token["content"]: token.get("id") for token in added}
-        itos = _table(ids, size, source)
+        itos = _table(ids, size, source)[: max(ids.values()) + 1]
         vocabulary = cls(itos, json.dumps(definition, sort_keys=True))
         if vocabulary._tokenizer.get_vocab_size() != len(ids):
             raise UserError(f"{source}: it lists {len(ids)} tokens and has another number; save it again")

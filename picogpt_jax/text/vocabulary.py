@@ -112,10 +112,10 @@ class Vocabulary:
         """Raises a UserError where the ids stand for no text."""
 
     def fits(self, other: "Vocabulary") -> bool:
-        """Whether the ids mean the same in both, as far as they tell: `TokenIds` agree with any of their number."""
-        if isinstance(self, TokenIds) or isinstance(other, TokenIds):
-            return self.size == other.size
-        return self == other
+        """Whether the ids mean the same in both, as far as they tell: `TokenIds` agree with any that is no larger."""
+        if isinstance(other, TokenIds):
+            return self.size <= other.size
+        return other.size <= self.size if isinstance(self, TokenIds) else self == other
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `vocab.json` holds."""

@@ -82,7 +82,7 @@ def train(
     """Trains until `train.max_iters`; evaluates and saves every `train.eval_interval` steps.
 
     Args:
-        config: the run; `model.vocab_size` is the vocabulary's.
+        config: the run; `model.vocab_size` is the vocabulary's, or larger: the rows beyond it are of training alone.
         vocabulary: of the data in `data.dir`.
         workdir: gets checkpoints/, config.json, vocab.json and metrics.jsonl.
         resume: True: there must be something to resume; False: there must not be; None: resume where there is.
@@ -93,13 +93,18 @@ def train(
     workdir = Path(workdir)
     distributed.require_same("configuration", json.dumps([config.to_dict(), vocabulary.to_json()]))
     with distributed.together():  # a mistake of the configuration's is every process's
-        trainer = Trainer(config)
+        if vocabulary.size > config.model.vocab_size:
+            raise UserError(
+                f"{config.data.dir} has a vocabulary of {vocabulary.size} tokens, for which model.vocab_size="
+                f"{config.model.vocab_size} has no room; leave model.vocab_size out, or give at least {vocabulary.size}"
+            )
+        trainer = Trainer(config, vocabulary_size=vocabulary.size)
         distributed.check_mesh(trainer.mesh)
     with contextlib.ExitStack() as stack:
         with distributed.together():
             tokens: dict[Split, Tokens] = {
                 split: Tokens.open(
-                    config.data.dir, split, config.model.block_size, config.model.vocab_size, distributed.is_first()
+                    config.data.dir, split, config.model.block_size, vocabulary.size, distributed.is_first()
                 )
                 for split in typing.get_args(Split)
             }

@@ -88,10 +88,15 @@ def cache_parts(sequences: int, block_size: int, width: int) -> int:
 
 
 class Trainer:
-    """The compiled parts of one run: initialisation, training steps, evaluation; nothing here touches the disk."""
+    """The compiled parts of one run: initialisation, training steps, evaluation; nothing here touches the disk.
 
-    def __init__(self, config: Config, devices: list[jax.Device] | None = None) -> None:
-        self.config = config
+    `vocabulary_size`: token ids of the data, where `model.vocab_size` is padded beyond them.
+    """
+
+    def __init__(
+        self, config: Config, devices: list[jax.Device] | None = None, vocabulary_size: int | None = None
+    ) -> None:
+        self.config, self.vocabulary_size = config, vocabulary_size
         self.optimizer = make_optimizer(config.optimizer)
         self.micro_batch = config.train.batch_size // config.train.gradient_accumulation_steps  # what memory holds
         self.mesh: Mesh = sharding.make_mesh(config.mesh, self.micro_batch, devices)
@@ -131,7 +136,7 @@ class Trainer:
         """The model; `exact`: as it is evaluated and served (`picogpt_jax.model.numerics`)."""
         train, quant = self.config.train, self.config.quant
         numerics = Numerics(quant, mode, self.dtype, self.backward_dtype, self.attention, exact)
-        return GPT(self.config.model, numerics, train.scan_layers, train.remat)
+        return GPT(self.config.model, numerics, train.scan_layers, train.remat, self.vocabulary_size)
 
     def mode_at(self, step: int) -> Mode:
         quant = self.config.quant

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from test_int8_model import random_model
 
+from picogpt_jax.config import Granularity
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.gguf_export import RARE_CHARACTERS, end_token, gguf_names, save_gguf, token_string
+from picogpt_jax.formats.gguf_export import gguf_names, save_gguf
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, file_bytes, save_int8_model
 from picogpt_jax.text.vocabulary import Vocabulary
 
@@ -31,6 +33,25 @@ both = pytest.mark.parametrize(
     [{}, dict(granularity="per_tensor", bias=True, activation="gelu_tanh", mlp_ratio=4)],
     ids=["bare", "full"],
 )
+
+
+def with_scale(model: Int8Model, name: str, scale: Any) -> Int8Model:
+    """With the scales of a matrix multiplied by these."""
+    matrix = model.matrices[name]
+    changed = Int8Tensor(matrix.codes, (matrix.scale * scale).astype(np.float32))
+    return dataclasses.replace(model, matrices=model.matrices | {name: changed})
+
+
+def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
+    model, generator = random_model(), np.random.default_rng(1)
+    codes = generator.integers(-127, 128, (vocabulary.size, model.model.n_embd)).astype(np.int8)
+    wte = Int8Tensor(codes, np.full((vocabulary.size, 1), 0.01, np.float32))
+    return dataclasses.replace(
+        model,
+        model=dataclasses.replace(model.model, vocab_size=vocabulary.size),
+        vocabulary=vocabulary,
+        matrices=model.matrices | {"transformer.wte": wte},
+    )
 
 
 def save(model: Int8Model, path: Path) -> GGUFReader:
@@ -102,12 +123,13 @@ def test_the_metadata_says_what_it_is_and_where_it_comes_from(tmp_path: Path) ->
         "picogpt_jax.training.step": 250,
         "picogpt_jax.training.val_loss": 1.9,
         "picogpt_jax.training.dataset": "shakespeare_char",
-        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.model": "rwkv",
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.token_type": [1] * 11,
     }
     assert {name: fields.get(name) for name in expected} == expected
+    assert not [name for name in fields if name.endswith("_token_id")], "no token begins or ends a text"
     assert "validation loss of 1.9000 nats" in fields["general.description"]
     assert "general.author" not in fields
     config = json.loads(fields["picogpt_jax.config"])
@@ -124,34 +146,13 @@ def test_a_model_whose_origin_is_unknown_is_written_too(tmp_path: Path) -> None:
     assert reader.fields["picogpt_jax.training.list"].contents() == "[1]"
 
 
-def gpt2_bytes() -> dict[int, str]:
-    """GPT-2's table, from its definition: printable bytes of Latin-1 stand for themselves, the rest follow U+00FF."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def test_the_tokens_are_bytes_as_gpt2_writes_them(tmp_path: Path) -> None:
-    model = random_model(vocab_size=11)
-    reader = save(model, tmp_path / "m.gguf")
-    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["Ċ", *"abcdefghij"]
-    assert [token_string(chr(byte)) for byte in range(128)] == [gpt2_bytes()[byte] for byte in range(128)]
-
-
-def test_no_text_contains_what_could_be_merged(tmp_path: Path) -> None:
-    """BPE starts from single characters, so a pair with a longer part is never met."""
-    reader = save(random_model(), tmp_path / "m.gguf")
-    (merge,) = reader.fields["tokenizer.ggml.merges"].contents()
-    assert [len(part) > 1 for part in merge.split(" ")] == [True, True]
-
-
-def test_the_end_of_a_text_is_a_rare_character() -> None:
-    assert ASCII.itos[end_token(ASCII)] == "\0"
-    shakespeare = Vocabulary.from_text("\n !$&',-.3:;?ABCabc")
-    assert shakespeare.itos[end_token(shakespeare)] == "$"
-    assert end_token(Vocabulary.from_text("\n ab")) == 3
-    assert len(set(RARE_CHARACTERS)) == len(RARE_CHARACTERS)
-    assert not set(RARE_CHARACTERS) & set("\t\n\r .,'etaoin")
+def test_the_tokens_are_bytes_as_rwkv_writes_them(tmp_path: Path) -> None:
+    """Escaped as in Python; a quarter of them is not printable, and must not end the string of a C program."""
+    reader = save(with_vocabulary(ASCII), tmp_path / "m.gguf")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert [token.encode().decode("unicode_escape") for token in tokens] == list(ASCII.itos)
+    assert all(token.isprintable() for token in tokens)
+    assert [tokens[ord(char)] for char in "\n a\\"] == [r"\x0a", " ", "a", r"\x5c"]
 
 
 @both
@@ -163,14 +164,43 @@ def test_the_file_is_hardly_larger_than_the_int8_folder(tmp_path: Path, changes:
     assert ratio < 1.1, "2 bytes for every 32, against 4 for a row"
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_scales_that_float16_holds_nearly_stay_beside_our_codes(tmp_path: Path, granularity: Granularity) -> None:
+    """A projection that was initialised for 48 layers, or that weight decay has shrunk, has such scales."""
+    name = "transformer.h.1.mlp.c_proj"
+    model = random_model(granularity)
+    model = with_scale(model, name, 3e-5 / model.matrices[name].scale.mean())
+    cost = save_gguf(model, tmp_path / "m.gguf")
+    assert re.fullmatch(r"float16 moves the scales of 1 of 10 matrices by up to 0\.\d+%", cost)
+    tensor = tensors(GGUFReader(tmp_path / "m.gguf"))["blk.1.ffn_down.weight"]
+    assert tensor.tensor_type == GGMLQuantizationType.Q8_0
+    values, expected = dequantize(tensor.data, GGMLQuantizationType.Q8_0), model.matrices[name].dequantize()
+    np.testing.assert_allclose(values, expected, rtol=2**-8, atol=0)
+    assert np.abs(values - expected).max() <= float(cost.split()[-1][:-1]) * 0.0105 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-9, 1e8], ids=["small", "zero", "infinite"])
+def test_a_matrix_whose_scales_float16_does_not_hold_is_float32(tmp_path: Path, scale: float) -> None:
+    names = ["transformer.h.0.attn.c_proj", "transformer.wpe"]
+    model = random_model()
+    usual = save_gguf(model, tmp_path / "usual.gguf")
+    factors = np.ones((32, 1))
+    factors[-1] = scale  # one row will do
+    changed = with_scale(with_scale(model, names[0], factors), names[1], scale)
+    cost = save_gguf(changed, tmp_path / "m.gguf")
+    read = tensors(GGUFReader(tmp_path / "m.gguf"))
+    for name, theirs in zip(names, ("blk.0.attn_output.weight", "position_embd.weight"), strict=True):
+        assert read[theirs].tensor_type == GGMLQuantizationType.F32
+        np.testing.assert_array_equal(read[theirs].data, changed.matrices[name].dequantize(), err_msg=name)
+    others = [tensor.tensor_type for name, tensor in read.items() if name.endswith("attn_qkv.weight")]
+    assert others == [GGMLQuantizationType.Q8_0] * 2, "the other matrices are as they were"
+    more = (tmp_path / "m.gguf").stat().st_size - (tmp_path / "usual.gguf").stat().st_size
+    expected = f"float16 does not hold the scales of transformer.wpe and 1 more: float32 instead, {more:,} bytes more"
+    assert cost == expected
+    assert usual == "", "nothing to say where float16 holds all"
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
-
-
-def with_scale(model: Int8Model, name: str, factor: float) -> Int8Model:
-    matrix = model.matrices[name]
-    scale = matrix.scale.copy()
-    scale[-1] *= factor
-    return dataclasses.replace(model, matrices=model.matrices | {name: Int8Tensor(matrix.codes, scale)})
 
 
 @pytest.mark.parametrize(
@@ -186,13 +216,8 @@ def with_scale(model: Int8Model, name: str, factor: float) -> Int8Model:
             dataclasses.replace(random_model(), vocabulary=Vocabulary(tuple("\nabcdefghé日"))),
             r"has 2 characters such as 'é' \(U\+00E9\) of more than one byte in UTF-8, which cannot be one token",
         ),
-        (
-            with_scale(random_model(), "transformer.wpe", 1e-3),
-            r"wpe has a scale of .*e-0[56]; Q8_0 stores it in",
-        ),
-        (with_scale(random_model(), "transformer.wpe", 1e8), r"wpe has a scale of .*e\+05; .* 6\.1e-05 to 65504 with"),
     ],
-    ids=["width", "narrow", "relu", "vocabulary", "subnormal", "overflow"],
+    ids=["width", "narrow", "relu", "vocabulary"],
 )
 def test_what_cannot_be_represented_is_refused(tmp_path: Path, model: Int8Model, message: str) -> None:
     with pytest.raises(UserError, match=message):

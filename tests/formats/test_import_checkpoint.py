@@ -98,13 +98,27 @@ def test_the_vocabulary_may_be_nanogpts_pickle(tmp_path: Path) -> None:
     assert load_for_import(tmp_path / "ckpt.pt", tmp_path / "theirs").vocabulary == VOCABULARY
 
 
+def test_rows_that_stand_for_no_token_are_left_out(tmp_path: Path, data_dir: Path) -> None:
+    """As of a table padded to a multiple of 64; what is trained further, or exported, has none of them."""
+    state = nanogpt_file(tmp_path / "ckpt.pt", vocab_size=64)
+    workdir = import_to(tmp_path / "run", tmp_path / "ckpt.pt", data_dir)
+    source = load_float(workdir)
+    assert (source.vocabulary, source.config.vocab_size) == (VOCABULARY, 12)
+    table = float_arrays(source.config, source.params)["transformer.wte.weight"]
+    np.testing.assert_array_equal(table, state["transformer.wte.weight"][:12].numpy())
+    with quick_compilation():
+        train(tiny_config(data_dir, model__bias=True, train__max_iters=2), VOCABULARY, workdir)
+
+
 def test_a_nanogpt_of_byte_pairs_takes_a_tokenizer(tmp_path: Path) -> None:
     """Its vocabulary is padded, as GPT-2's 50,257 tokens are to 50,304."""
     nanogpt_file(tmp_path / "ckpt.pt", vocab_size=320)
     (tmp_path / "tokenizer.json").write_text(json.dumps(DEFINITION))
-    vocabulary = load_for_import(tmp_path / "ckpt.pt", tmp_path).vocabulary
+    source = load_for_import(tmp_path / "ckpt.pt", tmp_path)
+    assert (source.config.vocab_size, source.left_out) == (277, 43)
+    vocabulary = source.vocabulary
     assert isinstance(vocabulary, TokenizerVocabulary)
-    assert vocabulary.size == 320
+    assert vocabulary.size == 277
 
 
 @pytest.mark.parametrize(("config", "name"), [(DEFAULT, "int8"), (OTHER, "int8.pt")], ids=["per_channel", "per_tensor"])
@@ -190,9 +204,11 @@ def test_a_gpt2_becomes_a_workdir_with_its_tokenizer(tmp_path: Path, vocab_size:
     source = load_float(tmp_path / "run")
     assert source.vocabulary.decode(source.vocabulary.encode("the fox")) == "the fox"
     theirs = network.state_dict()
+    assert source.config.vocab_size == 277
     for name, array in float_arrays(source.config, source.params).items():
         is_linear = array.ndim == 2 and ".h." in name
-        np.testing.assert_array_equal(array.T if is_linear else array, theirs[name].numpy(), err_msg=name)
+        expected = theirs[name].numpy()[: 277 if "wte" in name else None]
+        np.testing.assert_array_equal(array.T if is_linear else array, expected, err_msg=name)
 
 
 # --------------------------------------------------------------------------------------------- a training starts there
@@ -268,8 +284,8 @@ def with_nan(path: Path) -> None:
         (lambda path: shutil.copy(path.parent / "data/meta.json", path.parent / "data/train.bin"), None),
         (lambda path: (path.parent / "data/meta.json").unlink(), r"has no meta.json \(nor nanoGPT's meta.pkl\)"),
         (
-            lambda path: (path.parent / "data/meta.json").write_text('{"type": "char", "itos": ["a"]}'),
-            "is a model of 12 tokens, its vocabulary has 1; give --data the folder of the data",
+            lambda path: Vocabulary.from_text("abcdefghijklmnopqrstuvwxyz").save(path.parent / "data/meta.json"),
+            "is a model of 12 tokens, its vocabulary has 26; give --data the folder of the data",
         ),
     ],
 )

@@ -204,7 +204,7 @@ STATE = "model_state_dict"
         (put("model_args", n_embd=torch.ones(3)), "model_args holds a Tensor"),
         (drop("picogpt_jax", "wpe_scale"), r"picogpt_jax lacks the keys \['wpe_scale'\]"),
         (lambda content: content["picogpt_jax"]["config"].update(format_version=9), "format_version is 9"),
-        (lambda content: content["picogpt_jax"]["vocabulary"]["itos"].pop(), "vocabulary has 10 entries"),
+        (lambda content: content["picogpt_jax"]["vocabulary"]["itos"].append("é"), "vocabulary has 12 entries"),
         (drop(STATE, "lm_head.weight_scale"), "missing tensors: lm_head.weight_scale"),
         (put(STATE, head__weight=torch.ones(1)), "unknown tensors: head.weight"),
         (put(STATE, lm_head__weight_scale=torch.tensor(1.0)), r"lm_head.weight_scale is float32 \[\]; .* \[11, 1\]"),

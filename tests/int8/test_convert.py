@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from flax import linen as nn
 from tiny import VOCABULARY, tiny_config
 
-from picogpt_jax.config import Config
+from picogpt_jax.config import Config, Granularity
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model, size_report
@@ -138,6 +139,32 @@ def test_the_stored_model_gives_the_logits_of_training(tmp_path: Path, config: C
         np.testing.assert_allclose(served, trained, rtol=0, atol=1e-5)
     in_float = logits(GPT(config.model, Numerics(convert.FLOAT, "float")), {"params": params_of(config)})
     assert np.abs(in_float - trained).max() > 1e-2, "a control: without quantization the logits differ"
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_rows_beyond_the_vocabulary_are_of_training_alone(granularity: Granularity) -> None:
+    """Here they hold the largest values: a scale of the whole table must not be theirs."""
+    config = small_config(quant__weight_granularity=granularity)
+    padded, params = dataclasses.replace(config.model, vocab_size=16), params_of(config)
+    table = np.concatenate([params["wte"]["embedding"], np.full((4, 32), 9.0, np.float32)])
+    params = params | {"wte": {"embedding": table}}
+    model = convert.int8_model(padded, config.quant, params, VOCABULARY, TRAINING)
+    expected = model_of(config)
+    assert model.model == config.model
+    for name, tensor in expected.tensors().items():
+        np.testing.assert_array_equal(model.tensors()[name], tensor, err_msg=name, strict=True)
+
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY.size, (4, 16)).astype(np.int32)
+
+    def logits(network: GPT, variables: Any) -> np.ndarray:
+        return np.asarray(jax.jit(network.apply, compiler_options=compiler_options())(variables, tokens))
+
+    trained = logits(GPT(padded, config.quant, "train", vocabulary_size=VOCABULARY.size), {"params": params})
+    served = logits(GPT(model.model, convert.serving_quant(model), "serve"), convert.serving_variables(model))
+    np.testing.assert_array_equal(trained[..., : VOCABULARY.size], served)
+    assert (trained[..., VOCABULARY.size :] < -1e38).all()
+    unmasked = logits(GPT(padded, config.quant, "train"), {"params": params})[..., : VOCABULARY.size]
+    assert (np.abs(unmasked - served).max() > 1e-2) == (granularity == "per_tensor"), "the control"
 
 
 @both

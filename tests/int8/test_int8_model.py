@@ -102,6 +102,21 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, granularity: Granularit
         np.testing.assert_array_equal(loaded.tensors()[name], array, err_msg=name, strict=True)
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_rows_that_stand_for_no_token_are_left_out(tmp_path: Path, granularity: Granularity) -> None:
+    """Such folders were written, of models with a tokenizer."""
+    whole = random_model(granularity)
+    save_int8_model(whole, tmp_path / "int8")
+    Vocabulary(whole.vocabulary.itos[:7]).save(tmp_path / "int8/vocab.json")
+    model = load_int8_model(tmp_path / "int8")
+    assert model.model == dataclasses.replace(whole.model, vocab_size=7)
+    names = ("transformer.wte.weight", "transformer.wte.weight_scale")
+    for name, array in model.tensors().items():
+        np.testing.assert_array_equal(array, whole.tensors()[name][: 7 if name in names else None], err_msg=name)
+    save_int8_model(model, tmp_path / "again")
+    assert load_int8_model(tmp_path / "again").model == model.model
+
+
 def test_the_files_are_what_the_format_says(folder: Path) -> None:
     """Read with nothing of ours: struct, json and numpy.frombuffer."""
     data = (folder / "model.safetensors").read_bytes()

@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunScript
+from test_gguf_export import with_scale, with_vocabulary
 from test_int8_model import random_model
 from tiny import write_data
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.gguf_export import save_gguf
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.torch_model import Int8GPT
 from picogpt_jax.text.reading import vocabulary_of_data
 from picogpt_jax.text.vocabulary import Vocabulary
 
 try:
+    import llama_cpp
+
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
 
     INSTALLED = True
@@ -37,18 +40,6 @@ both = pytest.mark.parametrize("changes", [{}, FULL], ids=["bare", "full"])
 def load(model: Int8Model, path: Path) -> "LlamaCppGPT":
     save_gguf(model, path)
     return LlamaCppGPT(path)
-
-
-def with_vocabulary(vocabulary: Vocabulary) -> Int8Model:
-    model, generator = random_model(), np.random.default_rng(1)
-    codes = generator.integers(-127, 128, (vocabulary.size, model.model.n_embd)).astype(np.int8)
-    wte = Int8Tensor(codes, np.full((vocabulary.size, 1), 0.01, np.float32))
-    return dataclasses.replace(
-        model,
-        model=dataclasses.replace(model.model, vocab_size=vocabulary.size),
-        vocabulary=vocabulary,
-        matrices=model.matrices | {"transformer.wte": wte},
-    )
 
 
 @needs_llama_cpp
@@ -99,6 +90,39 @@ def test_text_is_tokenized_as_ours_and_comes_back(tmp_path: Path) -> None:
     expected = ASCII.encode(text).tolist()
     assert loaded._llama.tokenize(text.encode(), add_bos=True, special=True) == expected
     assert loaded._llama.detokenize(expected) == text.encode()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("characters", ["\nabcdefghijklmnopqrstuvwxyz", "ACGT\n", "0123456789+=\n", "0123456789+="])
+def test_no_letter_ends_a_text(tmp_path: Path, characters: str) -> None:
+    """Of names, DNA, sums, also without a line break: by llama.cpp's own account, and as it writes."""
+    loaded = load(with_vocabulary(Vocabulary(tuple(characters))), tmp_path / "m.gguf")
+    llama, prompt = loaded._llama, characters[1]
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    assert not any(llama_cpp.llama_vocab_is_eog(vocab, token) for token in range(len(characters)))
+    assert (llama.token_bos(), llama.token_eos()) == (-1, -1)
+    written, anything = "", dict(temperature=100.0, top_k=0, top_p=1.0, min_p=0.0)
+    for seed in range(20):
+        (choice,) = llama.create_completion(prompt, max_tokens=14, seed=seed, **anything)["choices"]
+        assert (len(choice["text"]), choice["finish_reason"]) == (14, "length")
+        written += choice["text"]
+    assert set(written) == set(characters), "every one of them is drawn"
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("scale", "kind"), [(5e-3, "moves the scales of 6"), (1e-5, "does not hold")])
+def test_tiny_scales_cost_no_loss(tmp_path: Path, scale: float, kind: str) -> None:
+    """Of all that adds to the residual stream, whose size LayerNorm takes away: the same function."""
+    model, tokens = random_model(layer_norm_epsilon=1e-15), np.random.default_rng(0).integers(0, 11, 38)
+    expected = Int8GPT(model).evaluate(tokens, 16)
+    for name in model.matrices:
+        if name.endswith(("wte", "wpe", "c_proj")):
+            model = with_scale(model, name, scale)
+    weight = (model.vectors["transformer.ln_f.weight"] / scale).astype(np.float32)
+    model = dataclasses.replace(model, vectors=model.vectors | {"transformer.ln_f.weight": weight})
+    assert Int8GPT(model).evaluate(tokens, 16) == pytest.approx(expected, abs=2e-3), "but for the rounding"
+    assert kind in save_gguf(model, tmp_path / "m.gguf")
+    assert loop.evaluate(LlamaCppGPT(tmp_path / "m.gguf"), tokens, 16) == pytest.approx(expected, abs=0.01)
 
 
 @needs_llama_cpp

@@ -74,15 +74,22 @@ def test_it_travels_as_json(vocabulary: Vocabulary, tmp_path: Path) -> None:
     assert isinstance(again, TokenizerVocabulary)
     (tmp_path / "meta.json").write_text(json.dumps({**vocabulary.to_json(), "dataset": "x"}))
     assert vocabulary_of_data(tmp_path) == vocabulary
-    assert again != read_tokenizer(write(tmp_path, DEFINITION), SIZE + 1)
 
 
-def test_a_padded_vocabulary_has_ids_without_a_text(tmp_path: Path) -> None:
+def test_a_vocabulary_ends_with_its_last_token(tmp_path: Path) -> None:
+    """Whatever the table of the model has room for; older files count its rows."""
     vocabulary = read_tokenizer(write(tmp_path, DEFINITION), 320)
-    assert vocabulary.size == 320
-    assert vocabulary.decode([*vocabulary.encode("the"), 319, *vocabulary.encode("fox")]) == "thefox"
-    with pytest.raises(UserError, match="id 320 at position 0 is outside the vocabulary of 320"):
-        vocabulary.decode([320])
+    assert vocabulary == read_tokenizer(tmp_path, SIZE)
+    assert vocabulary.size == SIZE
+    older = vocabulary.to_json() | {"vocab_size": 320}
+    assert vocabulary_from_json(older, "a file") == vocabulary
+    added = {**DEFINITION["added_tokens"][0], "content": "<|late|>", "id": 300}
+    definition = changed(added_tokens=[*DEFINITION["added_tokens"], added])
+    gap = read_tokenizer(write(tmp_path, definition), 320)
+    assert gap.size == 301
+    assert gap.decode([*gap.encode("the"), 299, *gap.encode("fox")]) == "thefox"
+    with pytest.raises(UserError, match="id 301 at position 0 is outside the vocabulary of 301"):
+        gap.decode([301])
 
 
 def test_what_no_token_stands_for_is_refused(tmp_path: Path) -> None:

@@ -145,7 +145,10 @@ def test_token_ids_fit_any_vocabulary_of_their_number(tmp_path: Path) -> None:
     text = Vocabulary.from_text("abc")
     assert text.fits(vocabulary_of_data(tmp_path, 3))
     assert vocabulary_of_data(tmp_path, 3).fits(text)
-    assert not text.fits(vocabulary_of_data(tmp_path, 4))
+    assert text.fits(vocabulary_of_data(tmp_path, 4)), "of a padded model"
+    assert vocabulary_of_data(tmp_path, 4).fits(text)
+    assert not text.fits(vocabulary_of_data(tmp_path, 2))
+    assert not vocabulary_of_data(tmp_path, 2).fits(text)
     assert not text.fits(Vocabulary.from_text("abd"))
 
 

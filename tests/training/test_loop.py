@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny import VOCABULARY, same, tiny_config
+from tiny import TRAIN_BIN, VOCABULARY, same, tiny_config, write_data
 
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.sources import load_float
+from picogpt_jax.int8.convert import int8_model
+from picogpt_jax.runtimes.torch_model import Int8GPT
 from picogpt_jax.text.reading import load_vocabulary
 from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training import loop as train_module
@@ -124,6 +126,34 @@ def test_where_there_is_no_text_bits_are_those_of_a_token(
     result = json.loads((tmp_path / "loss.json").read_text())
     assert list(result) == ["loss", "bits_per_token", "tokens", "runtime", "model"]
     assert result["bits_per_token"] == pytest.approx(result["loss"] / math.log(2))
+
+
+def test_a_padded_table_is_trained_and_resumed_and_not_served(data_dir: Path, tmp_path: Path) -> None:
+    """The loss that is reported is that of the model without padding, in another runtime."""
+    changes: dict[str, Any] = dict(model__vocab_size=16, quant__weight_granularity="per_tensor")
+    config = tiny_config(data_dir, train__eval_iters=1 << 20, train__backward_dtype="same", **changes)
+    train(longer(config, 4), VOCABULARY, tmp_path)
+    result = train(config, VOCABULARY, tmp_path)
+    assert Config.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    assert load_vocabulary(tmp_path / "vocab.json") == VOCABULARY
+    source = load_float(tmp_path)
+    assert (source.step, source.config.vocab_size, source.left_out) == (8, 12, 4)
+    model = int8_model(source.config, source.quant, source.params, source.vocabulary, {})
+    assert Int8GPT(model).evaluate(TRAIN_BIN, config.model.block_size) == pytest.approx(result.val_loss, rel=1e-5)
+
+
+def test_a_vocabulary_must_fit_into_the_table(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has a vocabulary of 12 tokens, for which model.vocab_size=11 has no room; "):
+        train(tiny_config(data_dir, model__vocab_size=11), VOCABULARY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_id_that_is_no_token_is_refused_in_training(tmp_path: Path) -> None:
+    """There is a row for it, but its loss would be that of the lowest number."""
+    data = write_data(tmp_path / "data", "abc" * 20)
+    np.full(100, 13, "<u2").tofile(data / "train.bin")
+    with pytest.raises(UserError, match=r"train.bin holds token id 13; the vocabulary has 12"):
+        train(tiny_config(data, model__vocab_size=16), VOCABULARY, tmp_path / "run")
 
 
 def test_a_resumed_run_equals_one_without_a_break(finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -140,6 +140,34 @@ def operand_types(jaxpr: Any) -> Iterator[str]:
             yield from operand_types(inner)
 
 
+def test_rows_that_pad_the_table_change_no_loss() -> None:
+    """Whatever they hold, also where the table is split between devices; nothing trains them."""
+    changes: dict[str, Any] = dict(quant__weight_granularity="per_tensor", optimizer__weight_decay=0.0)
+    plain, size = Trainer(tiny_config(**changes), jax.devices()[:1]), VOCABULARY.size
+    config = tiny_config(model__vocab_size=16, mesh__tensor=2, **changes)
+    padded = Trainer(config, jax.devices()[:2], size)
+    first = jax.device_get(plain.init().params)
+    table = np.concatenate([first["wte"]["embedding"], np.full((4, 16), 3.0, np.float32)])
+    params = {"plain": first, "padded": {**first, "wte": {"embedding": table}}}
+    mode = plain.mode_at(0)
+
+    def loss(trainer: Trainer, state: TrainState) -> float:
+        return trainer.evaluator(mode).loss(state.params, TRAIN_BIN)
+
+    first_loss = loss(plain, plain.init(params["plain"]))
+    assert loss(padded, padded.init(params["padded"])) == pytest.approx(first_loss, rel=1e-6)
+    untold = Trainer(config, jax.devices()[:2])
+    assert loss(untold, untold.init(params["padded"])) > first_loss + 0.1, "the control"
+    states, losses = {}, {}
+    for name, trainer in (("plain", plain), ("padded", padded)):
+        states[name], metrics = trainer.steps(trainer.init(params[name]), None, placed(trainer), mode)
+        losses[name] = np.asarray(metrics.loss)
+    np.testing.assert_allclose(losses["padded"], losses["plain"], rtol=1e-5)
+    trained = {name: np.asarray(state.params["wte"]["embedding"]) for name, state in states.items()}
+    np.testing.assert_allclose(trained["padded"][:size], trained["plain"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(trained["padded"][size:], table[size:])
+
+
 def test_float16_scales_the_loss_and_skips_an_overflow(on_one_device: Steps) -> None:
     trainer = Trainer(tiny_config(train__dtype="float16"))
     before = trainer.init()
