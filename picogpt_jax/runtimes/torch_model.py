@@ -9,6 +9,7 @@ Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,9 @@ except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
-from picogpt_jax.runtimes.loop import Overflow, check_generation, checked_data
+from picogpt_jax.runtimes import loop
+from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling
 from picogpt_jax.runtimes.torch_linear import Int8Matrix
 
 # What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
@@ -212,86 +213,43 @@ class Int8GPT(nn.Module):
             cache.length = end
         return self.wte.multiply(self.ln_f(x_BTC))
 
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens_BT: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        overflow: Overflow = "slide",
-        callback: Callable[[Tensor], object] | None = None,
-    ) -> Tensor:
-        """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
+    def generate(self, tokens_BT: Tensor, *settings: Any, **named: Any) -> Tensor:
+        """Continues every row of `tokens_BT`, int64 [B, T], by the `settings` of `Sampling`: int64 [B, T + N]."""
+        text = loop.pieces(TorchGPT(self), tokens_BT.cpu().numpy(), Sampling(*settings, **named), draws)
+        return torch.cat([tokens_BT, *(torch.from_numpy(piece_B1).to(tokens_BT.device) for piece_B1 in text)], dim=1)
 
-        Args:
-            tokens_BT: the prompts, int64, at least one token each.
-            max_new_tokens: how many tokens to append.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: draw from the k likeliest tokens; None or 0 from all.
-            seed: of the draws; the same seed gives the same tokens, on every device whose logits agree.
-            overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens
-                for every token (nanoGPT's way, exact); "refill" goes on with a cache of the last `block_size // 2`
-                tokens, the newest included, which is far faster.
-            callback: called with the new tokens, int64 [B], as soon as they are drawn.
+    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = BATCH_SIZE) -> float:
+        """Mean loss in nats per token; see `picogpt_jax.runtimes.loop.evaluate`."""
+        return loop.evaluate(TorchGPT(self), tokens, block_size, batch_size)
 
-        Returns:
-            int64 [B, T + max_new_tokens]: the prompts and what follows.
 
-        Raises:
-            UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
-        """
-        check_generation(max_new_tokens, temperature, top_k, seed, overflow)
-        device = self.wte.codes.device
-        tokens_BT = _checked_tokens(tokens_BT, self.config.vocab_size, "the prompt").to(device)
-        generator = torch.Generator().manual_seed(seed)
-        block_size = self.config.block_size
-        cache = KVCache(self.config, len(tokens_BT), device)
-        unseen_BT = tokens_BT[:, -block_size:]
-        for _ in range(max_new_tokens):
-            if cache.length + unseen_BT.shape[1] <= block_size:
-                logits_B1V = self(unseen_BT, cache, last_only=True)
-            elif overflow == "slide":
-                logits_B1V = self(tokens_BT[:, -block_size:], last_only=True)
-            else:
-                cache.length = 0
-                logits_B1V = self(tokens_BT[:, -max(block_size // 2, 1) :], cache, last_only=True)
-            unseen_BT = sample(logits_B1V[:, 0], temperature, top_k, generator)
-            tokens_BT = torch.cat((tokens_BT, unseen_BT), dim=1)
-            if callback is not None:
-                callback(unseen_BT[:, 0].cpu())
-        return tokens_BT
+class TorchGPT:
+    """An `Int8GPT`, on whichever device, as a `picogpt_jax.runtimes.loop.Runtime`: NumPy arrays in and out."""
+
+    windows_at_once = 1
+
+    def __init__(self, network: Int8GPT) -> None:
+        self._network, self._device = network, network.wte.codes.device
+        self.block_size, self.vocab_size = network.config.block_size, network.config.vocab_size
+
+    def new_cache(self, batch: int) -> KVCache:
+        """A cache of no positions."""
+        return KVCache(self._network.config, batch, self._device)
 
     @torch.no_grad()
-    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
-        """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
+    def forward(
+        self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`."""
+        logits_BTV: Tensor = self._network(torch.from_numpy(tokens_BT).to(self._device), cache, last_only)
+        return logits_BTV.cpu().numpy()
 
-        Args:
-            tokens: token ids, integers [N].
-            block_size: window length; the last window is shorter where N - 1 is no multiple of it.
-            batch_size: windows computed at a time.
 
-        Raises:
-            UserError: fewer than two tokens, an id outside the vocabulary, or a window longer than the model's.
-        """
-        data = checked_data(tokens, block_size, self.config.block_size)
-        total, n_targets = 0.0, len(data) - 1
-        n_whole = n_targets - n_targets % block_size
-        for start in range(0, n_whole, batch_size * block_size):
-            end = min(start + batch_size * block_size, n_whole)
-            total += self._loss_sum(data[start : end + 1], block_size)
-        if n_whole < n_targets:
-            total += self._loss_sum(data[n_whole:], n_targets - n_whole)
-        return total / n_targets
-
-    def _loss_sum(self, data: np.ndarray, window: int) -> float:
-        """Sum of the losses of data[1:] in windows; float32 each, added in float64."""
-        ids = _checked_tokens(torch.from_numpy(data.astype(np.int64)), self.config.vocab_size, "the data")
-        ids = ids.to(self.wte.codes.device)
-        logits_BTV = self(ids[:-1].view(-1, window))
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), ids[1:], reduction="none")
-        return losses.sum(dtype=torch.float64).item()
+def draws(streams: int, vocab_size: int, sampling: Sampling) -> loop.Choose:
+    """PyTorch's draws; see `picogpt_jax.runtimes.loop.gumbel_draws`."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    options = (sampling.temperature, sampling.top_k, generator)
+    return lambda logits_BV: sample(torch.from_numpy(logits_BV), *options)[:, 0].numpy()
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -299,19 +257,6 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: 
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     vocab_size = logits_BV.shape[-1]
-    values_BK, ids_BK = logits_BV.double().cpu().topk(min(top_k or vocab_size, vocab_size))
-    probabilities_BK = ((values_BK - values_BK[:, :1]) / temperature).softmax(
-        -1
-    )  # the shift keeps this from overflowing
-    return ids_BK.gather(1, probabilities_BK.multinomial(1, generator=generator)).to(logits_BV.device)
-
-
-def _checked_tokens(ids: Tensor, vocab_size: int, source: str) -> Tensor:
-    if ids.numel() == 0:
-        raise UserError(f"{source} has no tokens; at least one is needed")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"{source} holds the token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
-        )
-    return ids
+    values_BK, ids_BK = logits_BV.double().topk(min(top_k or vocab_size, vocab_size))
+    shifted_BK = (values_BK - values_BK[:, :1]) / temperature  # which keeps softmax from overflowing
+    return ids_BK.gather(1, shifted_BK.softmax(-1).multinomial(1, generator=generator))
