@@ -39,7 +39,8 @@ def main() -> None:
         raise UserError(
             f"--forward=float: {MODEL.value} has int8 codes only; give --model=WORKDIR, or leave --forward out"
         )
-    model = loading.load(MODEL.value, RUNTIME.value, DEVICE.value, forward=FORWARD.value)
+    runtime = loading.EXPORTS.get(kind, "jax") if RUNTIME.value == "auto" else RUNTIME.value  # fast for much text
+    model = loading.load(MODEL.value, runtime, DEVICE.value, forward=FORWARD.value)
     ids = open_tokens(model.config.block_size, model.vocabulary).ids
     loss, tokens = model.engine.loss(ids), len(ids) - 1
     bits = loss / 0.6931471805599453 * tokens_per_character(tokens, model.vocabulary)

@@ -113,10 +113,6 @@ class Generator:
             UserError: at once, an empty prompt, an id outside the vocabulary, or streams that do not divide over the
                 mesh.
         """
-        if prompt_BT.ndim != 2 or prompt_BT.shape[1] < 1:
-            raise UserError(
-                f"the prompt has shape {prompt_BT.shape}; expected [streams, tokens] with at least one token"
-            )
         prompt_BT = checked_tokens(prompt_BT, self.model.config.vocab_size, "the prompt")
         return self._pieces(prompt_BT.astype(np.int32), sampling, *self._split_streams(len(prompt_BT)))
 
