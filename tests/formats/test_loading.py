@@ -23,7 +23,6 @@ from picogpt_jax.formats.sources import load_numpy
 from picogpt_jax.int8.int8_model import save_int8_model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import Sampling
-from picogpt_jax.runtimes.jax_generator import Generator
 from picogpt_jax.runtimes.torch_model import Int8GPT
 
 pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
@@ -60,12 +59,12 @@ def test_text_logits_and_losses_belong_together(loaded: dict[tuple[str, str], Mo
     # Of windows of another length; a code on the edge may fall to the other side.
     assert model.loss(text) == pytest.approx(loop.losses(logits_TV[:-1], ids[1:]).mean(), rel=1e-3, abs=0.05)
     np.testing.assert_allclose(model.logits(ids[:3])[-1], logits_TV[2], rtol=1e-3, atol=0.5)
-    assert model.generate(text[:5], 1, temperature=0) == model.vocabulary.itos[logits_TV[4].argmax()]
-
-    pieces = list(model.stream(text, 40, seed=3, top_k=4))
+    options: Any = dict(max_new_tokens=20, top_k=1)
+    pieces = list(model.stream(text, **options))
+    assert pieces[0][0] == model.vocabulary.itos[logits_TV[-1].argmax()]
     assert len(pieces) > 1
-    assert "".join(pieces) == model.generate(text, 40, seed=3, top_k=4)
-    assert len("".join(pieces)) == 40, "the prompt is not among them"
+    assert "".join(pieces) == model.generate(text, **options)
+    assert len("".join(pieces)) == 20, "the prompt is not among them"
 
 
 def test_the_description_is_one_line(loaded: dict[tuple[str, str], Model]) -> None:
@@ -89,8 +88,6 @@ def test_the_texts_are_those_of_the_runtimes(folder: Path, loaded: dict[tuple[st
     assert loaded["int8", "numpy"].generate("abc", 20) == INT8.vocabulary.decode(numpy[0, 3:])
     torch = Int8GPT(INT8).generate(from_numpy(prompt_1T.astype(np.int64)), *defaults)
     assert loaded["int8", "torch"].generate("abc", 20) == INT8.vocabulary.decode(torch[0, 3:].numpy())
-    jax = Generator.from_int8(INT8).generate(prompt_1T, *defaults)
-    assert loaded["int8", "jax"].generate("abc", 20) == INT8.vocabulary.decode(jax[0, 3:])
 
 
 def test_a_workdir_has_its_float_parameters_and_the_pass_that_it_was_trained_with(folder: Path) -> None:
@@ -255,6 +252,4 @@ def test_a_model_is_split_over_devices(tmp_path: Path) -> None:
     save_int8_model(model, tmp_path / "int8")
     whole, split = load(tmp_path / "int8", "jax"), load(tmp_path / "int8", "jax", tensor=2)
     assert split.engine.mesh.shape["tensor"] == 2  # type: ignore[attr-defined]
-    ids = np.arange(1, 8)
-    np.testing.assert_allclose(split.logits(ids), whole.logits(ids), atol=0.5)
     assert split.loss("abcdefghij") == pytest.approx(whole.loss("abcdefghij"), abs=0.05)
