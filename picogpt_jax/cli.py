@@ -64,13 +64,6 @@ def config_sections(flag: flags.FlagHolder) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def check_device_flags(runtime: str, device: str, tensor: int = 1) -> None:
-    """Refuses a --device or --tensor, which are JAX's, that a runtime other than JAX would not obey."""
-    for flag, is_obeyed in ((f"--device={device}", device in ("auto", "cpu")), (f"--tensor={tensor}", tensor == 1)):
-        if runtime != "jax" and not is_obeyed:
-            raise UserError(f"{flag} is for --runtime=jax; {runtime} computes on one CPU: leave the flag out")
-
-
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(_with_config_file(argv))

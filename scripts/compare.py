@@ -19,7 +19,9 @@ from picogpt_jax import cli
 from picogpt_jax.benchmarks import compare
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
+from picogpt_jax.formats import loading
 from picogpt_jax.int8.int8_model import Int8Model, load_int8_model
+from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
 
@@ -36,13 +38,7 @@ PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Tokens of each greedy text.", lower_bound=1)
 SPEED_TOKENS = flags.DEFINE_integer("speed_tokens", 2000, "Tokens of the timed sample; 0: no timing.", lower_bound=0)
 
-# What computes -> (the module that it needs, how to install it).
-NEEDS = {
-    "torch": ("torch", "picogpt_jax[torch]"),
-    "onnx": ("onnxruntime", "picogpt_jax[onnx]"),
-    f"onnx{NOEXACT}": ("onnxruntime", "picogpt_jax[onnx]"),
-    "llama.cpp": ("llama_cpp", "picogpt_jax[llama-cpp]"),
-}
+NEEDS = loading.EXTRAS | {f"onnx{NOEXACT}": loading.EXTRAS["onnx"]}
 START = "\n"  # the prompt of the timed sample, where the vocabulary has it
 
 
@@ -59,7 +55,9 @@ def main() -> None:
             paths[name] = EXPORTS.get(name, lambda _: Path(MODEL.value))(model)
         except UserError as error:
             failures[name] = str(error)
-    processes = {name: compare.Apart(LOADERS[name], path) for name, path in paths.items()}
+    processes = {
+        name: compare.Apart(functools.partial(passes, name.removesuffix(NOEXACT)), path) for name, path in paths.items()
+    }
 
     forwards = {name: process.passes[0] for name, process in processes.items()}
     agreements = compare.agreement(forwards, ids, model.model.block_size, failures)
@@ -111,6 +109,16 @@ def open_ids(model: Int8Model) -> npt.NDArray[np.uint16]:
     return ids if MAX_TOKENS.value is None else ids[: MAX_TOKENS.value + 1]
 
 
+def passes(runtime: loading.Runtime, path: Path) -> compare.Passes:
+    """What a process of its own computes: logits, and the likeliest text."""
+    engine = loading.load(path, runtime, "cpu").engine
+
+    def likeliest(prompts_BT: npt.NDArray[np.int64], new_tokens: int) -> npt.NDArray[np.integer]:
+        return np.concatenate([prompts_BT, *engine.pieces(prompts_BT, Sampling(new_tokens, temperature=0.0))], axis=1)
+
+    return engine.logits, likeliest
+
+
 def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
     """Times `sample.py` with this runtime; the second run counts, when what can be cached on disk is."""
     start = START if START in model.vocabulary.itos else model.vocabulary.itos[0]
@@ -138,79 +146,11 @@ def export_gguf(model: Int8Model) -> Path:
     return path
 
 
-def load_jax(path: Path) -> compare.Passes:
-    from picogpt_jax.devices.setup import compiler_options, set_up_jax
-
-    set_up_jax("cpu", cpu_devices=1)
-    import jax
-
-    from picogpt_jax.int8.convert import serving_quant, serving_variables
-    from picogpt_jax.model.gpt import GPT
-    from picogpt_jax.model.numerics import Numerics
-    from picogpt_jax.runtimes.jax_generator import Generator
-
-    model = load_int8_model(path)
-    network, variables = GPT(model.model, Numerics(serving_quant(model), "serve")), serving_variables(model)
-    forward = jax.jit(network.apply, compiler_options=compiler_options())
-    generator = Generator.from_int8(model)
-    return (
-        lambda tokens_BT: np.asarray(forward(variables, tokens_BT.astype(np.int32))),
-        lambda prompts_BT, new_tokens: generator.generate(prompts_BT, new_tokens, temperature=0.0),
-    )
-
-
-def load_torch(path: Path) -> compare.Passes:
-    import torch
-
-    from picogpt_jax.runtimes.torch_model import Int8GPT
-
-    network = Int8GPT(load_int8_model(path))
-    return (
-        lambda tokens_BT: network(torch.from_numpy(tokens_BT)).numpy(),
-        lambda prompts_BT, new_tokens: network.generate(
-            torch.from_numpy(prompts_BT), new_tokens, temperature=0.0
-        ).numpy(),
-    )
-
-
-def load_onnx(path: Path) -> compare.Passes:
-    from picogpt_jax.runtimes.onnx_model import OnnxGPT
-
-    return passes_of(OnnxGPT.load(path))
-
-
-def load_numpy(path: Path) -> compare.Passes:
-    from picogpt_jax.runtimes.numpy_model import NumpyGPT
-
-    return passes_of(NumpyGPT.load(path))
-
-
-def passes_of(runtime: Any) -> compare.Passes:
-    from picogpt_jax.runtimes.loop import generate
-
-    return runtime.forward, lambda prompts_BT, new_tokens: generate(runtime, prompts_BT, new_tokens, temperature=0.0)
-
-
-def load_llama_cpp(path: Path) -> compare.Passes:
-    from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
-
-    return passes_of(LlamaCppGPT(path))
-
-
 # The others read the int8 folder.
 EXPORTS: dict[str, Callable[[Int8Model], Path]] = {
     "onnx": export_onnx,
     f"onnx{NOEXACT}": functools.partial(export_onnx, exact=False),
     "llama.cpp": export_gguf,
 }
-LOADERS = {
-    "jax": load_jax,
-    "torch": load_torch,
-    "onnx": load_onnx,
-    f"onnx{NOEXACT}": load_onnx,
-    "numpy": load_numpy,
-    "llama.cpp": load_llama_cpp,
-}
-
 if __name__ == "__main__":
     cli.run(main)

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from picogpt_jax import cli
-from picogpt_jax.errors import UserError
-
 SCRIPT = textwrap.dedent(
     '''
     """A script."""
@@ -209,14 +206,3 @@ def test_a_flag_for_a_path_is_defined_as_one(script: Path) -> None:
     calls = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     strings = {ast.literal_eval(node.args[0]) for node in calls if ast.unparse(node.func) == "flags.DEFINE_string"}
     assert strings <= NO_PATHS
-
-
-def test_what_another_runtime_would_not_obey_is_refused() -> None:
-    for obeyed in (("jax", "gpu", 4), ("torch", "auto", 1), ("numpy", "cpu")):
-        cli.check_device_flags(*obeyed)
-    with pytest.raises(
-        UserError, match=r"--device=gpu is for --runtime=jax; torch computes on one CPU: leave the flag"
-    ):
-        cli.check_device_flags("torch", "gpu")
-    with pytest.raises(UserError, match=r"--tensor=2 is for --runtime=jax; onnx computes"):
-        cli.check_device_flags("onnx", "auto", 2)

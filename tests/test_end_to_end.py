@@ -255,19 +255,20 @@ def test_the_int8_model_writes_several_texts(
     for text in (first, second):
         check_text(text, "ROMEO:\nO", 100, data)
     assert first != second
-    check_stats(done.stderr)
+    check_stats(done.stderr, "numpy")  # without --runtime
 
 
 def test_pytorch_writes_text(int8_pt: Path, data: Path, command: Command) -> None:
     arguments = ["--model=run/int8.pt", "--runtime=torch", "--max_new_tokens=100", "--top_k=5", "--show_stats"]
     done = command("scripts/sample.py", *arguments)
     check_text(done.stdout.removesuffix("\n"), "\n", 100, data)
-    check_stats(done.stderr)
+    check_stats(done.stderr, "torch")
 
 
-def check_stats(stderr: str) -> None:
+def check_stats(stderr: str, runtime: str) -> None:
     size, speed = stderr.splitlines()
     assert size.startswith("--- 74,112 parameters, 99.57% int8, ")
+    assert size.endswith(f", runtime {runtime}")
     assert "tokens/s" in speed
 
 

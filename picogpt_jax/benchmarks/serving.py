@@ -17,7 +17,7 @@ from picogpt_jax.benchmarks.report import Comparison, Work, make_report, take_tu
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.runtimes import loop
-from picogpt_jax.runtimes.loop import Overflow
+from picogpt_jax.runtimes.engine import Overflow
 
 TEMPERATURE = 0.8
 PROMPTS, PASSES = 32, 20  # prompts processed together, and how often in one turn

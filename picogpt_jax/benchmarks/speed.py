@@ -23,7 +23,8 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization
 from picogpt_jax.kernels.int8_product import int8_dot_general
 from picogpt_jax.kernels.products import Dimensions
-from picogpt_jax.runtimes.jax_generator import Generator, Overflow
+from picogpt_jax.runtimes.engine import Overflow
+from picogpt_jax.runtimes.jax_generator import Generator
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training.trainer import Batches, Trainer

@@ -3,14 +3,12 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Literal
 
 import jax
 
+from picogpt_jax.devices.accelerators import Device, has_plugin, has_tpu
 from picogpt_jax.devices.cpu import cores
 from picogpt_jax.errors import UserError
-
-Device = Literal["auto", "cpu", "gpu", "tpu"]
 
 # By default XLA may leave out the rounding to bfloat16 between two operations, and where it does depends on the code
 # around them: training and serving would not give the same bits.
@@ -53,8 +51,7 @@ def _only_cpu() -> bool:
     """Whether libtpu is installed for its compiler alone: asked for devices, it would complain at length."""
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return False
-    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("*"))
-    return not has_tpu and importlib.util.find_spec("jax_plugins") is None
+    return not (has_tpu() or has_plugin())
 
 
 def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool]:

@@ -5,8 +5,8 @@ Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at 
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from picogpt_jax.int8.convert import FLOAT, serving_quant, serving_variables
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.model.gpt import GPT, KVCache
 from picogpt_jax.model.numerics import Numerics
+from picogpt_jax.runtimes.engine import Overflow, Sampling, checked_tokens
 
-Overflow = Literal["slide", "refill"]
 # What has been drawn is streamed after each dispatch. Entering the compiled loop costs as much as many tokens, so the
 # pieces grow for as long as one takes no longer than a reader would notice.
 FIRST_PIECE, GROWTH, PIECE_SECONDS = 8, 4, 0.25
@@ -72,7 +72,7 @@ class Generator:
         self.model, self.mesh = model, mesh
         if mesh is not None:
             sharding.check_divides("heads", "the attention heads (model.n_head)", model.config.n_head, mesh)
-        self.block_size = model.config.block_size
+        self.block_size, self.variables = model.config.block_size, variables
         self._variables = {1: variables}  # number of devices -> a copy on each of them
         # A softmax and attention to a cache sum over the positions, a LayerNorm over the width.
         options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
@@ -86,7 +86,7 @@ class Generator:
         )
 
     @classmethod
-    def from_int8(cls, model: Int8Model, mesh: Mesh | None = None) -> "Generator":
+    def from_int8(cls, model: Int8Model, mesh: Mesh | None = None) -> Self:
         """Serves int8 products from the codes; there is no float matrix in memory.
 
         Args:
@@ -95,69 +95,43 @@ class Generator:
         return cls(GPT(model.model, Numerics(serving_quant(model), "serve")), serving_variables(model, mesh), mesh)
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Any) -> "Generator":
+    def from_params(cls, config: ModelConfig, params: Any) -> Self:
         """Float parameters, computed without any quantization."""
         return cls(GPT(config, Numerics(FLOAT, "float")), {"params": params})
 
-    def generate(
-        self,
-        prompt_BT: npt.NDArray[np.integer],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        overflow: Overflow = "slide",
-        stream: Callable[[npt.NDArray[np.int32]], None] | None = None,
-    ) -> npt.NDArray[np.int32]:
-        """Continues each row of `prompt_BT`.
+    def generate(self, prompt_BT: npt.NDArray[np.integer], *settings: Any, **named: Any) -> npt.NDArray[np.int32]:
+        """Continues each row of `prompt_BT`, [B, T], by the `settings` of `Sampling`: int32 [B, T + max_new_tokens]."""
+        pieces = self.pieces(prompt_BT, Sampling(*settings, **named))
+        return np.concatenate([prompt_BT, *pieces], axis=1, dtype=np.int32)
+
+    def pieces(self, prompt_BT: npt.NDArray[np.integer], sampling: Sampling) -> Iterator[npt.NDArray[np.int32]]:
+        """What follows each row of `prompt_BT`, int32 [B, N] at a time, as it is drawn.
 
         Args:
             prompt_BT: token ids [B, T], T >= 1; what exceeds block_size is cropped to its end, as in nanoGPT.
-            temperature: 0 takes the likeliest token.
-            top_k: draw among the k likeliest; None or 0: among all.
-            stream: called with each new piece, int32 [B, n].
-
-        Returns:
-            int32 [B, T + max_new_tokens]: the prompt and what follows.
 
         Raises:
-            UserError: an empty prompt, a temperature that is negative or not finite, or streams that do not divide
-                over the mesh.
+            UserError: at once, an empty prompt, an id outside the vocabulary, or streams that do not divide over the
+                mesh.
         """
-        if prompt_BT.ndim != 2 or prompt_BT.shape[1] < 1:
-            raise UserError(
-                f"the prompt has shape {prompt_BT.shape}; expected [streams, tokens] with at least one token"
-            )
-        if not 0 <= temperature <= 1e30:  # what it multiplies is a float32 number
-            raise UserError(f"temperature={temperature} is not a number from 0 to 1e30; 1 draws as trained")
-        pieces = [np.asarray(prompt_BT, np.int32)]
-        for piece_BN in self._pieces(pieces[0], max_new_tokens, temperature, top_k, seed, overflow):
-            pieces.append(piece_BN)
-            if stream is not None:
-                stream(piece_BN)
-        return np.concatenate(pieces, axis=1)
+        prompt_BT = checked_tokens(prompt_BT, self.model.config.vocab_size, "the prompt")
+        return self._pieces(prompt_BT.astype(np.int32), sampling, *self._split_streams(len(prompt_BT)))
 
     def _pieces(
-        self,
-        prompt_BT: npt.NDArray[np.int32],
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-        overflow: Overflow,
+        self, prompt_BT: npt.NDArray[np.int32], sampling: Sampling, variables: Any, mesh: Mesh
     ) -> Iterator[npt.NDArray[np.int32]]:
-        """The new tokens, [B, n] at a time; a piece is read while the next one is being computed."""
+        """The new tokens; a piece is read while the next one is being computed."""
         streams, prompt_length = prompt_BT.shape
         vocab_size = self.model.config.vocab_size
-        end = prompt_length + max_new_tokens
-        variables, mesh = self._split_streams(streams)
+        end = prompt_length + sampling.max_new_tokens
+        top_k = sampling.top_k
         options: dict[str, Any] = dict(
             top_k=top_k if top_k and top_k < vocab_size else None,
-            overflow=overflow if end > self.block_size else None,  # what is never needed is not compiled
+            overflow=sampling.overflow if end > self.block_size else None,  # what is never needed is not compiled
             # What is drawn depends on a noise that other runtimes do not share; the likeliest text is the same in all.
-            exact=temperature == 0,
+            exact=sampling.temperature == 0,
         )
-        key, heat = jax.random.key(seed), jnp.float32(temperature)
+        key, heat = jax.random.key(sampling.seed), jnp.float32(sampling.temperature)
         n_noise = max(1, min(TOKENS_PER_DISPATCH, NOISE_VALUES // (streams * vocab_size)))
         noise_from = -n_noise  # the index of the token that the noise at hand begins with
         wanted, index, unread = FIRST_PIECE, prompt_length, None
@@ -226,11 +200,15 @@ class Generator:
         return make_mesh(MeshConfig(data=count, fsdp=1, tensor=1), streams, devices[:count])
 
     def _fill(self, variables: Any, tokens_BT: npt.NDArray[np.int32], place: NamedSharding) -> Context:
-        """A new context of these tokens, padded to a power of two: prompts of any length need few compilations."""
+        """A new context of these tokens."""
+        padded_BT = jax.device_put(self.padded(tokens_BT), place)
+        return self._prefill(variables, padded_BT, jnp.int32(tokens_BT.shape[1]))
+
+    def padded(self, tokens_BT: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The tokens and what pads them to a power of two: windows of any length need few compilations."""
         length = tokens_BT.shape[1]
-        padded = min(self.block_size, max(8, 1 << (length - 1).bit_length()))
-        padded_BT = jax.device_put(np.pad(tokens_BT, ((0, 0), (0, padded - length))), place)
-        return self._prefill(variables, padded_BT, jnp.int32(length))
+        wanted = min(self.block_size, max(8, 1 << (length - 1).bit_length()))
+        return np.pad(tokens_BT, ((0, 0), (0, wanted - length)))
 
     def _prefill_impl(self, variables: Any, tokens_BT: Int[Array, "B T"], length: Int[Array, ""]) -> Context:
         logits_BTV, cache = self._apply(variables, tokens_BT, keep_cache=True)

@@ -9,6 +9,7 @@ Shapes: B streams, T time, V vocabulary.
 
 import ctypes
 import dataclasses
+import json
 import os
 from collections import deque
 from typing import Any
@@ -25,6 +26,7 @@ except ImportError as error:
 
 from picogpt_jax.devices.cpu import has_amx_int8
 from picogpt_jax.errors import UserError
+from picogpt_jax.int8.int8_model import config_from_json
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
 
@@ -72,8 +74,8 @@ class LlamaCppGPT:
 
     Attributes:
         vocabulary: of the file.
+        config: the architecture that was exported.
         block_size: learned positions.
-        description: what the file says about itself.
 
     Raises:
         UserError: on construction, llama.cpp cannot load the file, or it is no character-level GPT-2.
@@ -100,8 +102,11 @@ class LlamaCppGPT:
         if metadata.get("general.architecture") != "gpt2":
             raise UserError(f"{path} is of the architecture {metadata.get('general.architecture')}; expected gpt2")
         self.vocabulary = _vocabulary(self._llama, path)
-        self.block_size = int(metadata["gpt2.context_length"])
-        self.description = metadata.get("general.description", "")
+        try:
+            self.config, _, _ = config_from_json(json.loads(metadata.get("picogpt_jax.config", "null")))
+        except ValueError as error:  # a UserError, too
+            raise UserError(f"{path}: picogpt_jax.config: {error}; convert it again with --to=gguf") from None
+        self.block_size = self.config.block_size
 
     @property
     def vocab_size(self) -> int:

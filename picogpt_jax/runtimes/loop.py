@@ -1,23 +1,24 @@
-"""Generation and evaluation in NumPy, for every runtime that computes logits and has no loop of its own.
+"""Text and losses in NumPy, for every runtime that computes logits and has no loop of its own.
 
-Shapes: B streams, T time, V vocabulary, N new tokens.
+Shapes: B streams, T time, V vocabulary.
 """
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, Literal, Protocol, TypeVar
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from picogpt_jax.errors import UserError
-
-Overflow = Literal["slide", "refill"]
-Stream = Callable[[npt.NDArray[np.int64]], object]  # called with the tokens just drawn, int64 [B, 1]
-Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]  # logits [B, V] -> one token of each stream, [B]
+from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling, checked_data, checked_tokens
 
 NOISE_TOKENS = 64  # drawn at once: a call of the random generator costs as much as choosing a token
+
+# float32 logits [B, V] -> one token for each stream, int64 [B]; called once a token, in order.
+Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 
 
 class Cache(Protocol):
@@ -58,30 +59,23 @@ class Runtime(Protocol[C]):
         ...
 
 
+def gumbel_draws(streams: int, vocab_size: int, sampling: Sampling) -> Choose:
+    """NumPy's draws: the same in every runtime whose logits agree."""
+    noise = Noise(sampling.seed, streams, vocab_size, sampling.temperature)
+    return lambda logits_BV: draw(logits_BV, noise.next(), sampling.top_k)
+
+
+Draws = Callable[[int, int, Sampling], Choose]  # as `gumbel_draws`
+
+
 def generate(
-    runtime: Runtime[C],
-    tokens_BT: npt.NDArray[np.integer],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    overflow: Overflow = "slide",
-    stream: Stream | None = None,
-    choose: Choose | None = None,
+    runtime: Runtime[C], tokens_BT: npt.NDArray[np.integer], *settings: Any, **named: Any
 ) -> npt.NDArray[np.int64]:
     """Continues every row of `tokens_BT`, of which the model sees the last `block_size` tokens.
 
     Args:
         tokens_BT: the prompts, at least one token each.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; None or 0: among all.
-        seed: of the draws; the same seed gives the same tokens, in every runtime whose logits agree.
-        overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens for
-            every token (nanoGPT's way, exact; with two threads in two pieces, whose float32 sums may differ in the last
-            bit from those of one); "refill" goes on with a cache of the last `block_size // 2` tokens, the
-            newest included, which is far faster.
-        stream: called with the new tokens when they are drawn; twice in a row where two threads take turns.
-        choose: draws in place of `draw`, by whatever seed, temperature and top_k it has.
+        settings, named: of `Sampling`.
 
     Returns:
         int64 [B, T + max_new_tokens]: the prompts and what follows.
@@ -89,19 +83,27 @@ def generate(
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
     """
-    check_generation(max_new_tokens, temperature, top_k, seed, overflow)
-    prompt_BT = checked_tokens(tokens_BT, runtime.vocab_size, "the prompt")
-    batch, length = prompt_BT.shape
-    text_BT = np.concatenate([prompt_BT, np.zeros((batch, max_new_tokens), np.int64)], axis=1)
-    if choose is None:
-        noise = Noise(seed, batch, runtime.vocab_size, temperature)
-        choose = lambda logits_BV: draw(logits_BV, noise.next(), top_k)  # noqa: E731
-    text = Text(runtime, text_BT, choose, stream or (lambda _: None))
-    first, stop = max(length - runtime.block_size, 0), length + max_new_tokens
-    slides_from = stop if overflow == "refill" else min(first + runtime.block_size + 1, stop)
-    text.by_steps(first, range(length, slides_from))
-    text.by_windows(range(max(length, slides_from), stop))
-    return text_BT
+    sampling = Sampling(*settings, **named)
+    return np.concatenate([tokens_BT, *pieces(runtime, tokens_BT, sampling)], axis=1, dtype=np.int64)
+
+
+def pieces(
+    runtime: Runtime[C], prompt_BT: npt.NDArray[np.integer], sampling: Sampling, draws: Draws = gumbel_draws
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The tokens that follow, int64 [B, 1] each, as soon as they are drawn; see `Engine.pieces`.
+
+    A window that slides may be computed in two pieces, side by side with the next one (`Runtime.windows_at_once`); its
+    float32 sums then differ in the last bit from those of one piece.
+    """
+    prompt_BT = checked_tokens(prompt_BT, runtime.vocab_size, "the prompt")
+    streams, length = prompt_BT.shape
+    stop = length + sampling.max_new_tokens
+    text_BT = np.concatenate([prompt_BT, np.zeros((streams, sampling.max_new_tokens), np.int64)], axis=1)
+    text = Text(runtime, text_BT, draws(streams, runtime.vocab_size, sampling))
+    first = max(length - runtime.block_size, 0)
+    slides_from = stop if sampling.overflow == "refill" else min(first + runtime.block_size + 1, stop)
+    steps = text.by_steps(first, range(length, slides_from))
+    return itertools.chain(steps, text.by_windows(range(max(length, slides_from), stop)))
 
 
 class Text(Generic[C]):
@@ -109,46 +111,36 @@ class Text(Generic[C]):
 
     Args:
         text_BT: the tokens, with room for more.
-        choose: draws [B] from logits [B, V]; called once a token, in order.
-        stream: called with every new token [B, 1], by the thread that calls `by_steps` or `by_windows`.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime[C],
-        text_BT: npt.NDArray[np.int64],
-        choose: Choose,
-        stream: Stream,
-    ) -> None:
-        self._runtime, self._text_BT, self._choose, self._stream_piece = runtime, text_BT, choose, stream
+    def __init__(self, runtime: Runtime[C], text_BT: npt.NDArray[np.int64], choose: Choose) -> None:
+        self._runtime, self._text_BT, self._choose = runtime, text_BT, choose
 
-    def by_steps(self, first: int, ends: range) -> None:
+    def by_steps(self, first: int, ends: range) -> Iterator[npt.NDArray[np.int64]]:
         """With a cache of the tokens from `first` on, which goes on with its newest half when it is full."""
         block_size, cache, seen = self._runtime.block_size, self._runtime.new_cache(len(self._text_BT)), first
         for end in ends:
             if cache.length + end - seen > block_size:
                 cache, seen = self._runtime.new_cache(len(self._text_BT)), end - max(block_size // 2, 1)
-            self._append(end, self._runtime.forward(self._text_BT[:, seen:end], cache, last_only=True))
-            self._stream(end)
+            yield self._drawn(end, self._runtime.forward(self._text_BT[:, seen:end], cache, last_only=True))
             seen = end
 
-    def by_windows(self, ends: range) -> None:
+    def by_windows(self, ends: range) -> Iterator[npt.NDArray[np.int64]]:
         """Each from the window of the last `block_size` tokens."""
+        block_size = self._runtime.block_size
         is_alone = len(self._text_BT) == 1 and self._runtime.windows_at_once > 1  # several streams use the cores anyway
-        if is_alone and len(ends) > 1 and self._runtime.block_size > 1:
-            return self._by_windows_in_turns(ends)
+        if is_alone and len(ends) > 1 and block_size > 1:
+            yield from self._by_windows_begun_early(ends)
+            return
         for end in ends:
-            window_BT = self._text_BT[:, end - self._runtime.block_size : end]
-            self._append(end, self._runtime.forward(window_BT, last_only=True))
-            self._stream(end)
+            yield self._drawn(end, self._runtime.forward(self._text_BT[:, end - block_size : end], last_only=True))
 
-    def _by_windows_in_turns(self, ends: range) -> None:
-        """The same by two threads, of which each draws every other token.
+    def _by_windows_begun_early(self, ends: range) -> Iterator[npt.NDArray[np.int64]]:
+        """The same by two threads at a time.
 
-        A window is known but for its newest token while the other thread still computes that one: it is begun then, and
-        the newest token is a step with a cache. On two cores that takes 0.75 to 0.8 of the time.
+        A window is known but for its newest token while that one is still being computed: it is begun then, and the
+        newest token is a step with a cache. On two cores that takes 0.75 to 0.8 of the time.
         """
-        turns, is_over = (threading.Semaphore(1), threading.Semaphore(0)), threading.Event()
 
         def begin(end: int) -> C:
             cache = self._runtime.new_cache(len(self._text_BT))
@@ -156,44 +148,17 @@ class Text(Generic[C]):
             self._runtime.forward(known_BT, cache, last_only=True)
             return cache
 
-        def finish(end: int, cache: C) -> None:
-            self._append(end, self._runtime.forward(self._text_BT[:, end - 1 : end], cache, last_only=True))
+        with ThreadPoolExecutor(2, "windows") as threads:
+            begun: collections.deque[Future[C]] = collections.deque([threads.submit(begin, ends[0])])
+            for end in ends:
+                if end < ends[-1]:
+                    begun.append(threads.submit(begin, end + 1))
+                cache = begun.popleft().result()
+                yield self._drawn(end, self._runtime.forward(self._text_BT[:, end - 1 : end], cache, last_only=True))
 
-        def others() -> None:
-            for end in ends[1::2]:
-                cache = begin(end)
-                turns[1].acquire()
-                if is_over.is_set():
-                    return
-                finish(end, cache)
-                turns[0].release()
-
-        with ThreadPoolExecutor(1, "windows") as threads:
-            try:
-                other = threads.submit(others)
-                other.add_done_callback(lambda _: turns[0].release())  # it may have failed
-                for end in ends[::2]:
-                    cache = begin(end)
-                    turns[0].acquire()
-                    if other.done():
-                        other.result()
-                    if end > ends[0]:
-                        self._stream(end - 1)
-                    finish(end, cache)
-                    turns[1].release()
-                    self._stream(end)
-                other.result()
-            finally:
-                is_over.set()
-                turns[1].release()
-        if len(ends) % 2 == 0:
-            self._stream(ends[-1])
-
-    def _append(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> None:
+    def _drawn(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         self._text_BT[:, end] = self._choose(logits_B1V[:, 0])
-
-    def _stream(self, end: int) -> None:
-        self._stream_piece(self._text_BT[:, end : end + 1])
+        return self._text_BT[:, end : end + 1]
 
 
 class Noise:
@@ -225,7 +190,7 @@ def draw(
     return (logits_BV + noise_BV).argmax(-1)
 
 
-def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
+def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_size: int = BATCH_SIZE) -> float:
     """Mean loss in nats per token: one pass in consecutive windows, every token but the first a target once.
 
     Args:
@@ -250,47 +215,27 @@ def evaluate(runtime: Runtime[C], tokens: npt.ArrayLike, block_size: int, batch_
 def _loss_sum(runtime: Runtime[C], data: npt.NDArray[np.integer], window: int) -> float:
     """Sum of the losses of data[1:] in windows."""
     ids = checked_tokens(data, runtime.vocab_size, "the data")
-    logits_BTV = runtime.forward(ids[:-1].reshape(-1, window))
-    return float(losses(logits_BTV.reshape(len(ids) - 1, -1), ids[1:]).sum())
+    logits_NV = runtime.forward(ids[:-1].reshape(-1, window)).reshape(len(ids) - 1, -1)
+    return float(losses(logits_NV, ids[1:]).sum())
 
 
 def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Negative log-likelihood of each target in nats, [N], in float64."""
+    """Negative log-likelihood of each target in nats, float64 [N]."""
     shifted_NV = logits_NV.astype(np.float64) - logits_NV.max(-1, keepdims=True)
     return np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(targets_N)), targets_N]
 
 
-def checked_data(tokens: npt.ArrayLike, block_size: int, limit: int) -> npt.NDArray[np.integer]:
-    """The ids to evaluate [N], after checking that there are two at least and that a window fits into the model."""
-    data = np.asarray(tokens)
-    if data.ndim != 1 or len(data) < 2 or data.dtype.kind not in "iu":
-        raise UserError(f"found {data.dtype} {list(data.shape)}; expected at least two token ids in a row")
-    if not 1 <= block_size <= limit:
-        raise UserError(f"windows of {block_size} tokens; the model takes 1 to {limit}")
-    return data
+class Loop:
+    """An `Engine` of a runtime that only computes logits."""
 
+    def __init__(self, runtime: Runtime[Any], draws: Draws = gumbel_draws) -> None:
+        self._runtime = runtime
+        self.pieces = functools.partial(pieces, runtime, draws=draws)
 
-def check_generation(max_new_tokens: int, temperature: float, top_k: int | None, seed: int, overflow: str) -> None:
-    """Raises a UserError where a setting of `generate` is out of range."""
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens} is negative")
-    if not 0 <= temperature <= 1e30:  # what it multiplies is a float32 number
-        raise UserError(f"temperature={temperature} is not a number from 0 to 1e30; 1 draws as trained")
-    if top_k is not None and top_k < 0:
-        raise UserError(f"top_k={top_k} is negative; 0 draws from all tokens")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} is not in [0, 2**63)")
-    if overflow not in ("slide", "refill"):
-        raise UserError(f"overflow={overflow!r} is not one of 'slide', 'refill'")
+    def logits(self, tokens_BT: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """See `Engine`."""
+        return self._runtime.forward(tokens_BT.astype(np.int64))
 
-
-def checked_tokens(ids: npt.NDArray[np.integer], vocab_size: int, source: str) -> npt.NDArray[np.int64]:
-    """The ids as int64, after checking that there is one at least and that all are in the vocabulary."""
-    if ids.size == 0:
-        raise UserError(f"{source} has no tokens; at least one is needed")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"{source} holds the token id {low if low < 0 else high}; the vocabulary has ids 0 to {vocab_size - 1}"
-        )
-    return ids.astype(np.int64)
+    def loss(self, ids: npt.NDArray[np.integer]) -> float:
+        """See `Engine`."""
+        return evaluate(self._runtime, ids, self._runtime.block_size)

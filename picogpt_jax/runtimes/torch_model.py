@@ -10,6 +10,7 @@ Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V 
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.devices.cpu import is_small_call
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
 from picogpt_jax.runtimes import loop
-from picogpt_jax.runtimes.loop import Overflow
+from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling
 from picogpt_jax.runtimes.torch_linear import Int8Matrix, one_thread
 
 # What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
@@ -220,64 +221,43 @@ class Int8GPT(nn.Module):
             cache.length = end
         return self.wte.multiply(self.ln_f(x_BTC))
 
-    def generate(
-        self,
-        tokens_BT: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        overflow: Overflow = "slide",
-        callback: Callable[[Tensor], object] | None = None,
-    ) -> Tensor:
-        """`runtimes.loop.generate` with PyTorch's own draws.
+    def generate(self, tokens_BT: Tensor, *settings: Any, **named: Any) -> Tensor:
+        """Continues every row of `tokens_BT`, int64 [B, T], by the `settings` of `Sampling`: int64 [B, T + N]."""
+        text = loop.pieces(TorchGPT(self), tokens_BT.cpu().numpy(), Sampling(*settings, **named), draws)
+        return torch.cat([tokens_BT, *(torch.from_numpy(piece_B1).to(tokens_BT.device) for piece_B1 in text)], dim=1)
 
-        Args:
-            tokens_BT: the prompts, int64, at least one token each.
-            seed: of the draws; the same seed gives the same tokens, on every device whose logits agree.
-            callback: called with the new tokens, int64 [B], as soon as they are drawn.
-
-        Returns:
-            int64 [B, T + max_new_tokens]: the prompts and what follows.
-
-        Raises:
-            UserError: an empty prompt, an id outside the vocabulary, or a setting out of range.
-        """
-        loop.check_generation(max_new_tokens, temperature, top_k, seed, overflow)
-        generator = torch.Generator().manual_seed(seed)
-        text_BT = loop.generate(
-            _Runtime(self),
-            tokens_BT.numpy(force=True),
-            max_new_tokens,
-            overflow=overflow,
-            stream=None if callback is None else lambda token_B1: callback(torch.from_numpy(token_B1[:, 0].copy())),
-            choose=lambda logits_BV: sample(torch.from_numpy(logits_BV), temperature, top_k, generator)[:, 0].numpy(),
-        )
-        return torch.from_numpy(text_BT).to(self.wte.codes.device)
-
-    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = 32) -> float:
-        """`runtimes.loop.evaluate`: mean loss in nats per token."""
-        return loop.evaluate(_Runtime(self), tokens, block_size, batch_size)
+    def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = BATCH_SIZE) -> float:
+        """Mean loss in nats per token; see `picogpt_jax.runtimes.loop.evaluate`."""
+        return loop.evaluate(TorchGPT(self), tokens, block_size, batch_size)
 
 
-class _Runtime:
-    """The model as a `picogpt_jax.runtimes.loop.Runtime`, which takes and gives NumPy's arrays."""
+class TorchGPT:
+    """An `Int8GPT`, on whichever device, as a `picogpt_jax.runtimes.loop.Runtime`: NumPy arrays in and out."""
 
     windows_at_once = 1
 
-    def __init__(self, model: Int8GPT) -> None:
-        self.model, self.device = model, model.wte.codes.device
-        self.block_size, self.vocab_size = model.config.block_size, model.config.vocab_size
+    def __init__(self, network: Int8GPT) -> None:
+        self._network, self._device = network, network.wte.codes.device
+        self.block_size, self.vocab_size = network.config.block_size, network.config.vocab_size
 
     def new_cache(self, batch: int) -> KVCache:
-        return KVCache(self.model.config, batch, self.device)
+        """A cache of no positions."""
+        return KVCache(self._network.config, batch, self._device)
 
     @torch.no_grad()
     def forward(
         self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False
     ) -> npt.NDArray[np.float32]:
-        logits: Tensor = self.model(torch.from_numpy(tokens_BT).to(self.device), cache, last_only)
-        return logits.numpy(force=True)
+        """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`."""
+        logits_BTV: Tensor = self._network(torch.from_numpy(tokens_BT).to(self._device), cache, last_only)
+        return logits_BTV.cpu().numpy()
+
+
+def draws(streams: int, vocab_size: int, sampling: Sampling) -> loop.Choose:
+    """PyTorch's draws; see `picogpt_jax.runtimes.loop.gumbel_draws`."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    options = (sampling.temperature, sampling.top_k, generator)
+    return lambda logits_BV: sample(torch.from_numpy(logits_BV), *options)[:, 0].numpy()
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -286,5 +266,5 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: 
         return logits_BV.argmax(-1, keepdim=True)
     vocab_size = logits_BV.shape[-1]
     values_BK, ids_BK = logits_BV.double().topk(min(top_k or vocab_size, vocab_size))
-    below_BK = (values_BK - values_BK[:, :1]) / temperature  # the shift keeps this from overflowing
-    return ids_BK.gather(1, below_BK.softmax(-1).multinomial(1, generator=generator))
+    shifted_BK = (values_BK - values_BK[:, :1]) / temperature  # which keeps softmax from overflowing
+    return ids_BK.gather(1, shifted_BK.softmax(-1).multinomial(1, generator=generator))

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from tqdm import tqdm
-
 from picogpt_jax import __version__
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_path
+from picogpt_jax.progress import tqdm
 from picogpt_jax.text.plain import read_text
 
 USER_AGENT = f"picogpt_jax/{__version__} (prepares a text for training; one request at a time)"

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from tqdm import tqdm
-
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_path
+from picogpt_jax.progress import tqdm
 from picogpt_jax.text.download import Client, FetchError, import_extra
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from absl import logging
-from tqdm import tqdm
 
 from picogpt_jax.config import LogConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_path
+from picogpt_jax.progress import IS_WIDGET, tqdm
 
 Event = dict[str, Any]
 Sink = Callable[[int, str, Mapping[str, float]], None]
@@ -234,7 +234,7 @@ def _missing(extra: str, package: str) -> UserError:
 class ProgressBar:
     """The progress of a training run on stderr: loss, tokens per second, time left; a context manager.
 
-    On a terminal it is a bar. Anywhere else (a file, CI) it is a line every ten seconds.
+    On a terminal and in a notebook it is a bar. Anywhere else (a file, CI) it is a line every ten seconds.
 
     Args:
         max_iters: the step at which the run ends.
@@ -243,19 +243,19 @@ class ProgressBar:
     """
 
     def __init__(self, max_iters: int, step: int = 0, *, enabled: bool = True) -> None:
-        terminal = sys.stderr.isatty()
+        is_bar = IS_WIDGET or sys.stderr.isatty()
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         line = "{n_fmt}/{total_fmt} steps, {elapsed} passed, {remaining} left{postfix}"
         self._bar = tqdm(
             total=max_iters,
             initial=step,
             disable=not enabled,
-            bar_format=bar if terminal else line,
-            file=sys.stderr if terminal else _Lines(),
-            mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
+            bar_format=bar if is_bar else line,
+            file=sys.stderr if is_bar else _Lines(),
+            mininterval=0.1 if is_bar else SECONDS_BETWEEN_LINES,
             miniters=1,
             smoothing=0.05,  # a short average would take an evaluation for a slow-down
-            dynamic_ncols=terminal,
+            dynamic_ncols=is_bar,
         )
 
     def __enter__(self) -> Self:

@@ -18,7 +18,8 @@ from picogpt_jax.int8.convert import FLOAT, params_from_arrays, serving_quant, s
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes import jax_generator as generate_module
-from picogpt_jax.runtimes.jax_generator import TOKENS_PER_DISPATCH, Generator, Overflow, draw, gumbel_noise
+from picogpt_jax.runtimes.engine import Overflow, Sampling
+from picogpt_jax.runtimes.jax_generator import TOKENS_PER_DISPATCH, Generator, draw, gumbel_noise
 from picogpt_jax.runtimes.torch_model import Int8GPT
 
 BLOCK = 16
@@ -254,10 +255,10 @@ def test_a_mesh_that_does_not_divide_the_model_or_the_streams_says_so() -> None:
 @overflows
 def test_the_pieces_are_the_text_whatever_its_length(overflow: Overflow) -> None:
     """The draws depend on the position alone, so a shorter text is the beginning of a longer one."""
-    pieces: list[np.ndarray] = []
     count = 2 * TOKENS_PER_DISPATCH
     generate = functools.partial(generator("float").generate, prompts(1, 3), overflow=overflow)
-    text = generate(count, stream=pieces.append)
+    text = generate(count)
+    pieces = list(generator("float").pieces(prompts(1, 3), Sampling(count, overflow=overflow)))
     assert text.dtype == np.int32
     assert text.shape == (1, 3 + count)
     assert 0 <= text.min() <= text.max() < VOCAB_SIZE
@@ -271,16 +272,14 @@ def test_little_memory_for_noise_does_not_change_the_text(monkeypatch: pytest.Mo
     generate = functools.partial(generator("float").generate, prompts(STREAMS, 3), 2 * BLOCK, overflow="refill")
     text = generate()
     monkeypatch.setattr(generate_module, "NOISE_VALUES", 3 * STREAMS * VOCAB_SIZE)
-    pieces: list[np.ndarray] = []
-    np.testing.assert_array_equal(generate(stream=pieces.append), text)
+    pieces = list(generator("float").pieces(prompts(STREAMS, 3), Sampling(2 * BLOCK, overflow="refill")))
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), text[:, 3:])
     assert max(piece.shape[1] for piece in pieces) == 3
 
 
 def test_no_new_tokens_leave_the_prompt() -> None:
-    pieces: list[np.ndarray] = []
     prompt = prompts(1, BLOCK + 4)
-    np.testing.assert_array_equal(generator("float").generate(prompt, 0, stream=pieces.append), prompt)
-    assert pieces == []
+    np.testing.assert_array_equal(generator("float").generate(prompt, 0), prompt)
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -318,10 +317,14 @@ def test_tokens_are_drawn_with_their_probability(temperature: float, top_k: int 
 # --------------------------------------------------------------------------------------------------------- the mistakes
 
 
-@pytest.mark.parametrize("prompt", [np.zeros((1, 0), np.int32), np.zeros(3, np.int32)])
-def test_an_empty_prompt_is_refused(prompt: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"the prompt has shape \(.*\); expected \[streams, tokens\] with at least one"):
-        generator("float").generate(prompt, 5)
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match="the prompt has no tokens; at least one is needed"):
+        generator("float").generate(np.zeros((1, 0), np.int32), 5)
+
+
+def test_an_id_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=rf"the prompt holds the token id {VOCAB_SIZE}; the vocabulary has ids 0 to"):
+        generator("float").generate(np.array([[1, VOCAB_SIZE]]), 5)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])

@@ -197,7 +197,10 @@ def test_without_the_package_the_error_says_how_to_install_it() -> None:
     [
         (["sample.py", "--model=int8", "--runtime=llama.cpp"], r"--runtime=llama.cpp takes a GGUF file, not int8"),
         (["evaluate.py", "--model=int8", "--data=d", "--runtime=llama.cpp"], "--runtime=llama.cpp takes a GGUF"),
-        (["sample.py", "--model=m.gguf"], "m.gguf is a GGUF file, which --runtime=llama.cpp runs; here, give"),
+        (
+            ["sample.py", "--model=m.gguf", "--runtime=jax"],
+            "m.gguf is a GGUF file, which --runtime=llama.cpp runs; here, give",
+        ),
         (["evaluate.py", "--model=m.gguf", "--data=d", "--runtime=torch"], "m.gguf is a GGUF file, which"),
         (["convert.py", "--input=m.gguf", "--to=torch", "--output=o"], "m.gguf is a GGUF file, which"),
     ],

@@ -13,7 +13,8 @@ from test_int8_model import random_model
 from test_numpy_model import numpy_model, random_tokens
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.runtimes.loop import NOISE_TOKENS, Noise, draw, evaluate, generate
+from picogpt_jax.runtimes.engine import Sampling
+from picogpt_jax.runtimes.loop import NOISE_TOKENS, Noise, draw, evaluate, generate, pieces
 from picogpt_jax.runtimes.numpy_model import KVCache, NumpyGPT
 from picogpt_jax.runtimes.torch_model import Int8GPT
 
@@ -67,11 +68,10 @@ class TwoAtATime:
 
 
 @pytest.mark.parametrize("new", [13, 14, 16, 17, 40, 41])
-def test_windows_in_turns_are_the_windows_one_by_one(new: int) -> None:
-    prompt_BT, pieces, model = random_tokens(1, 3), [], TwoAtATime()
-    text_BT = generate(model, prompt_BT, new, seed=3, stream=lambda piece: pieces.append(piece.copy()))
+def test_windows_begun_early_are_the_windows_one_by_one(new: int) -> None:
+    prompt_BT, model = random_tokens(1, 3), TwoAtATime()
+    text_BT = generate(model, prompt_BT, new, seed=3)
     np.testing.assert_array_equal(text_BT, generate(MODEL, prompt_BT, new, seed=3))
-    np.testing.assert_array_equal(np.concatenate(pieces, 1), text_BT[:, 3:])
     assert model.lengths[MODEL.block_size - 1] == max(new - 14, 0), "begun without its newest token, each once"
     assert model.lengths[MODEL.block_size] == 0
 
@@ -84,14 +84,11 @@ def test_a_failure_in_either_thread_ends_both(fails: str) -> None:
 
 
 def test_a_reader_that_leaves_ends_both_threads() -> None:
-    def leaves(piece_B1: np.ndarray) -> None:
-        if len(pieces) == 9:
-            raise BrokenPipeError
-        pieces.append(piece_B1)
-
-    pieces: list[np.ndarray] = []
-    with pytest.raises(BrokenPipeError):
-        generate(TwoAtATime(), random_tokens(1, 20), 50, stream=leaves)
+    text = pieces(TwoAtATime(), random_tokens(1, 20), Sampling(50))
+    for _ in range(9):
+        next(text)
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("windows")], "a control"
+    del text
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("windows")]
 
 
@@ -104,12 +101,14 @@ def test_several_streams_take_no_turns(at_once: int) -> None:
     assert set(model.lengths) == {MODEL.block_size}
 
 
-def test_every_token_is_streamed_as_soon_as_it_is_drawn() -> None:
-    pieces: list[np.ndarray] = []
-    text_BT = generate(MODEL, random_tokens(3, 4), 20, seed=1, stream=lambda piece: pieces.append(piece.copy()))
-    assert [piece.shape for piece in pieces] == [(3, 1)] * 20
-    np.testing.assert_array_equal(np.concatenate(pieces, 1), text_BT[:, 4:])
-    np.testing.assert_array_equal(text_BT[:, :4], random_tokens(3, 4))
+def test_every_token_comes_as_soon_as_it_is_drawn() -> None:
+    model, prompt_BT = TwoAtATime(), random_tokens(3, 4)
+    text, found = pieces(model, prompt_BT, Sampling(20, seed=1)), [prompt_BT]
+    for count in range(1, 21):
+        found.append(next(text))
+        assert model.lengths.total() == count, "no later token has been computed"
+    assert next(text, None) is None
+    np.testing.assert_array_equal(np.concatenate(found, 1), generate(MODEL, prompt_BT, 20, seed=1))
 
 
 def test_the_seed_decides_and_the_rows_differ() -> None:
@@ -146,7 +145,7 @@ def test_draws_follow_the_softmax() -> None:
         ({"temperature": math.nan}, "temperature=nan is not a number from 0 to 1e30"),
         ({"temperature": 1e39}, r"temperature=1e\+39 is not a number from 0 to 1e30"),
         ({"top_k": -1}, "top_k=-1 is negative"),
-        ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*63\)"),
+        ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*32\)"),
         ({"overflow": "stop"}, "overflow='stop' is not one of"),
         ({"tokens_BT": np.zeros((1, 0), np.int64)}, "the prompt has no tokens"),
         ({"tokens_BT": np.array([[3, 11]])}, "the prompt holds the token id 11; the vocabulary has ids 0 to 10"),

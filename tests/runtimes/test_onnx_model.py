@@ -219,7 +219,10 @@ def test_the_scripts_export_sample_and_evaluate(run_script: RunScript, tmp_path:
             "sample.py --model=onnx --runtime=numpy",
             "takes an int8 folder, not onnx (onnx); make one with: python ",
         ),
-        ("sample.py --model=onnx", "onnx is an ONNX folder, which --runtime=onnx runs; here, give the int8 folder"),
+        (
+            "sample.py --model=onnx --runtime=jax",
+            "onnx is an ONNX folder, which --runtime=onnx runs; here, give the int8 folder",
+        ),
         ("evaluate.py --model=onnx --runtime=torch --data=x", "onnx is an ONNX folder, which --runtime=onnx runs"),
         ("convert.py --input=onnx --to=gguf --output=x", "onnx is an ONNX folder, which --runtime=onnx runs"),
         ("evaluate.py --model=onnx --runtime=onnx --data=x", "x has no meta.json"),

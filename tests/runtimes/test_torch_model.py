@@ -229,13 +229,12 @@ def test_slide_and_refill_part_only_after_the_block() -> None:
     assert not torch.equal(slide, refill)
 
 
-def test_a_seed_fixes_the_draws_and_the_callback_sees_them() -> None:
-    model, prompt, seen = Int8GPT(random_model()), random_tokens(3, 4), []
-    first = model.generate(prompt, 20, temperature=0.9, seed=5, callback=seen.append)
+def test_a_seed_fixes_the_draws() -> None:
+    model, prompt = Int8GPT(random_model()), random_tokens(3, 4)
+    first = model.generate(prompt, 20, temperature=0.9, seed=5)
     assert torch.equal(first, model.generate(prompt, 20, temperature=0.9, seed=5))
     assert not torch.equal(first, model.generate(prompt, 20, temperature=0.9, seed=6))
     assert torch.equal(first[:, :4], prompt)
-    assert torch.equal(torch.stack(seen, 1), first[:, 4:])
 
 
 def test_draws_follow_temperature_and_top_k() -> None:
@@ -262,7 +261,7 @@ def test_draws_follow_temperature_and_top_k() -> None:
         ({"temperature": -0.5}, "temperature=-0.5 is not a number from 0 to 1e30"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1 is negative"),
-        ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*63\)"),
+        ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*32\)"),
         ({"tokens_BT": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt has no tokens"),
         ({"tokens_BT": torch.tensor([[3, 11]])}, "the prompt holds the token id 11; the vocabulary has ids 0 to 10"),
         ({"tokens_BT": torch.tensor([[-2]])}, "the prompt holds the token id -2"),

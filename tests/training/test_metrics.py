@@ -231,9 +231,11 @@ def test_progress_away_from_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch)
     assert stderr.getvalue().endswith("left, loss 1.9000, 31,234 tokens/s\n")
 
 
-def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["terminal", "notebook"])
+def test_progress_on_a_terminal_and_in_a_notebook_is_a_bar(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = io.StringIO()
-    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr(stderr, "isatty", lambda: place == "terminal")
+    monkeypatch.setattr(metrics, "IS_WIDGET", place == "notebook")
     monkeypatch.setattr(sys, "stderr", stderr)
     with ProgressBar(30) as progress:
         progress.update(15, loss=1.9, tokens_per_second=31234.0)
