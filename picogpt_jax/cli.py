@@ -1,5 +1,6 @@
 """What every script shares: absl flags, and a user's mistake as one line with exit status 2."""
 
+import atexit
 import os
 import select
 import sys
@@ -16,6 +17,7 @@ CLOSED_PIPE_STATUS = 141  # what a shell reports of a program that SIGPIPE ended
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Parses the flags, runs `main`, and turns a `UserError` into one line on stderr and exit status 2."""
+    _silence_background_errors()
     app.run(lambda argv: _guarded(main), flags_parser=_parse_flags)
     raise AssertionError("app.run does not return")
 
@@ -46,6 +48,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _exit_with(f"unexpected argument {rest[1]!r}; every setting is a flag, --name=value; --help lists them")
     return rest
+
+
+def _silence_background_errors() -> None:
+    """Leaves out what Orbax and TensorStore print in threads about a failure that the main thread raises, and after."""
+    noisy = ("/orbax/", "/asyncio/")
+    logging.get_absl_handler().addFilter(lambda record: not any(name in record.pathname for name in noisy))
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # of a write or read that comes back too late
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+    # TensorStore goes on when the interpreter has lost its hooks. 2 is stderr.
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def _guarded(main: Callable[[], object]) -> None:
