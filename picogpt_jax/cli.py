@@ -1,5 +1,6 @@
 """What every script shares: absl flags, the standard output, and a user's mistake as one line with exit status 2."""
 
+import atexit
 import errno
 import io
 import os
@@ -42,6 +43,7 @@ def DEFINE_path(name: str, default: str | None, help_text: str) -> flags.FlagHol
 def run(main: Callable[[], object]) -> NoReturn:
     """Parses the flags, runs `main`, and turns a `UserError` into one line on stderr and exit status 2."""
     sys.stdout, sys.stderr = _output(sys.stdout, "replace"), _output(sys.stderr, "backslashreplace")
+    _silence_background_errors()
     app.run(lambda argv: _guarded(main), flags_parser=_parse_flags)
     raise AssertionError("app.run does not return")
 
@@ -95,6 +97,21 @@ def _with_config_file(argv: Sequence[str]) -> list[str]:
                 there = f"{error.strerror} in {Path.cwd()}"
                 _exit_with(f"--config={path}: {there}; give the full path of a file such as configs/base.py")
     return argv
+
+
+def _silence_background_errors() -> None:
+    """Leaves out what Orbax and TensorStore print in threads about a failure that the main thread raises, and after."""
+    noisy = ("/orbax/", "/asyncio/")
+    logging.get_absl_handler().addFilter(lambda record: not any(name in record.pathname for name in noisy))
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # of a write or read that comes back too late
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+    # TensorStore goes on when the interpreter has lost its hooks. 2 is stderr.
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def _guarded(main: Callable[[], object]) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written is ever read."""
 
+import atexit
 import contextlib
 import errno
 import json
@@ -107,8 +108,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 shutil.rmtree(discarded)
             else:
                 os.replace(temporary, path)
-        finally:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)  # Orbax may still be writing to it
+            raise
 
 
 def check_replaceable(folder: str | os.PathLike[str], names: Collection[str]) -> None:

@@ -60,9 +60,7 @@ def to_checkpoint() -> None:
     set_up_jax("cpu", cpu_devices=1)
     from configs.base import get_config
     from picogpt_jax.formats.import_checkpoint import load_for_import, write_workdir
-    from picogpt_jax.training.orbax_io import silence_background_errors
 
-    silence_background_errors()
     source = load_for_import(INPUT.value, DATA.value)
     write_workdir(source, get_config().to_dict(), OUTPUT.value)
     padding = f", without {source.left_out:,} rows that stand for none" if source.left_out else ""

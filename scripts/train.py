@@ -70,9 +70,7 @@ def address() -> tuple[str | None, int | None, int | None]:
 
 def run() -> None:
     from picogpt_jax.training.loop import train  # after set_up_jax
-    from picogpt_jax.training.orbax_io import silence_background_errors
 
-    silence_background_errors()
     with distributed.together():
         config, vocabulary = configuration()
     result = train(config, vocabulary, WORKDIR.value, RESUME.value)

@@ -12,6 +12,7 @@ from conftest import ROOT
 SCRIPT = textwrap.dedent(
     '''
     """A script."""
+    import atexit
     import os
 
     from absl import flags, logging
@@ -24,6 +25,12 @@ SCRIPT = textwrap.dedent(
     FOLDER = cli.DEFINE_path("folder", "~/default", "Where.")
     CONFIG = config_flags.DEFINE_config_file("config")
 
+    class Noisy:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+
+    atexit.register(lambda: os.write(2, b"noise at the end" * (COUNT.value == 404)))
+
     def main():
         if COUNT.value < 0:
             raise UserError(f"--count={COUNT.value} is negative;\\n  give a number >= 0")
@@ -31,6 +38,9 @@ SCRIPT = textwrap.dedent(
             raise ZeroDivisionError("a defect of ours")
         if COUNT.value == 1 << 60:
             bytes(COUNT.value)
+        if COUNT.value == 404:
+            Noisy()
+            raise UserError("the disk is full")
         logging.info("chatter")
         sections = cli.config_sections(CONFIG)
         if COUNT.value == 3:
@@ -105,6 +115,10 @@ def test_a_mistake_is_one_line_and_status_2(run: Run, arguments: list[str], expe
     assert done.stdout == ""
     assert done.stderr.startswith(expected)
     assert done.stderr.count("\n") == 1
+
+
+def test_what_libraries_print_beside_and_after_a_mistake_does_not_bury_it(run: Run) -> None:
+    assert run("--count=404").stderr == "error: the disk is full\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback(run: Run) -> None:

@@ -31,7 +31,7 @@ from picogpt_jax.training.evaluate import Evaluator
 from picogpt_jax.training.metrics import MetricsWriter, ProgressBar
 from picogpt_jax.training.optimizer import learning_rate_schedule
 from picogpt_jax.training.resume import begin, check_resumable
-from picogpt_jax.training.trainer import Batches, StepMetrics, Trainer
+from picogpt_jax.training.trainer import Batches, StepMetrics, Trainer, compute_dtype
 
 TOKENS_COUNTED = 1 << 20  # tokens of the validation split that tell how many characters one has
 
@@ -287,6 +287,6 @@ def _calmer(config: Config) -> str:
     text = f"Start again with the same command and {' '.join(flags)}"
     if not config.optimizer.grad_clip:
         text += ", or --config.optimizer.grad_clip=1"
-    if config.train.dtype != "float32":
+    if compute_dtype(config.train.dtype) != "float32":
         text += ", or --config.train.dtype=float32"
     return text

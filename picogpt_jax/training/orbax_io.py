@@ -1,20 +1,16 @@
-"""Calls Orbax: in bounded memory, without a wait that could hang, and quietly. Only this file imports it.
+"""Calls Orbax: in bounded memory and without a wait that could hang. Only this file imports it.
 
 All processes save together. Each reads by itself: one that finds damage would not come to where the others wait.
 """
 
-import atexit
 import contextlib
 import gc
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from picogpt_jax.devices.sharding import local_bytes, shard_bytes
@@ -131,21 +127,6 @@ def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[list[int]]:
         parts[-1].append(index)
         room -= size
     return parts
-
-
-def silence_background_errors() -> None:
-    """For a program: leaves out what Orbax and TensorStore print about a failed save, which `Checkpoints` raises."""
-    noisy = ("/orbax/", "/asyncio/")
-    logging.get_absl_handler().addFilter(lambda record: not any(name in record.pathname for name in noisy))
-    hook = sys.unraisablehook
-
-    def without_closed_loops(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # of a write that comes back too late
-            hook(unraisable)
-
-    sys.unraisablehook = without_closed_loops
-    # TensorStore goes on when the interpreter has lost its hooks. 2 is stderr.
-    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def _all_processes() -> ocp.options.MultiprocessingOptions:

@@ -355,7 +355,22 @@ def test_processes_must_agree_on_the_configuration(site: Site, key: str, values:
     with ended(*members):
         for process in members:
             _, err = finish(process, status=2)
-            assert "error: processes [1] have another configuration or data set than process 0; start all" in err
+            assert "error: processes [1] have another configuration than process 0; start all of them with the" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config.train.batch_size=3 --config.mesh.data=2", "a batch of 3 sequences"),  # all of them see it
+        ("--config.log.wandb=True --config.log.wandb_project=a/b", "log.wandb=True "),  # the first one alone does
+    ],
+)
+def test_a_mistake_ends_all_processes_with_the_same_line(site: Site, tmp_path: Path, flags: str, message: str) -> None:
+    members = site.join(2, *site.flags(tmp_path / "run"), *flags.split())
+    with ended(*members):
+        lines = [finish(process, status=2)[1].splitlines()[-1] for process in members]
+    assert lines[0].startswith(f"error: {message}")
+    assert lines[1].removeprefix("error: ").removeprefix("process 0: ") == lines[0].removeprefix("error: ")
 
 
 # ------------------------------------------------------------------------------------------------- without processes

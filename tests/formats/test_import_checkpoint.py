@@ -240,14 +240,14 @@ def test_a_training_of_imported_parameters_resumes_as_any(
     """From its first own checkpoint on it is a run, with one configuration; before, none has begun."""
     nanogpt_file(tmp_path / "ckpt.pt")
     workdir = import_to(tmp_path / "run", tmp_path / "ckpt.pt", data_dir)
-    abandoned = tiny_config(data_dir, model__bias=True, optimizer__learning_rate=0.02)
+    abandoned = tiny_config(data_dir, model__bias=True, train__seed=1)
     write_json(workdir / "config.json", abandoned.to_dict())  # as a training that ended before it saved
     config = tiny_config(data_dir, model__bias=True, train__max_iters=4, checkpoint__keep=1)
     with quick_compilation():
         train(config, VOCABULARY, workdir)
         assert train(config, VOCABULARY, workdir).step == 4
     assert f"resumed {workdir} at step 4" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"holds a run with another configuration: optimizer.learning_rate"):
+    with pytest.raises(UserError, match=r"holds a run with another configuration: train.seed"):
         train(abandoned, VOCABULARY, workdir)
 
 

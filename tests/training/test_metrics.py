@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import math
+import os
 import struct
 import sys
 import types
@@ -203,6 +204,28 @@ def test_wandb_goes_on_with_the_same_run_after_a_resume(tmp_path: Path, monkeypa
     assert first.axes == [("*", "step")]
     assert first.rows[1] == {"step": 20, "val/loss": 5.0 / 21, "val/bits_per_char": 1 / 3}
     assert first.finished
+
+
+@pytest.mark.parametrize("seconds", ["20", "90"])
+def test_a_run_that_wandb_refuses_is_one_line_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    """Without a key or a network, or for its name; of the user's patience where that is said."""
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError(f"no reply after {os.environ['WANDB_INIT_TIMEOUT']} s\n" + "and much more " * 99)
+
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", seconds)  # put back afterwards
+    if seconds == "20":
+        monkeypatch.delenv("WANDB_INIT_TIMEOUT")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(UserError) as caught, MetricsWriter(tmp_path, WANDB, CONFIG):
+        pass
+    message = str(caught.value)
+    assert message.startswith(f"log.wandb=True: W&B does not take the run: no reply after {seconds} s and much more")
+    assert all(name in message for name in ("WANDB_API_KEY", "WANDB_MODE=offline", "log.wandb_project (now 'test')"))
+    assert len(message) < 400
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
