@@ -8,7 +8,7 @@ from picogpt_jax.errors import UserError
 if TYPE_CHECKING:
     from picogpt_jax.formats.loading import Model, Runtime
 
-__all__ = ["UserError", "load"]
+__all__ = ["UserError", "__version__", "load"]
 __version__ = "0.1.0"
 
 
