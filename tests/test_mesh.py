@@ -15,7 +15,7 @@ from tiny import VOCABULARY, same, tiny_config
 from picogpt_jax.devices.sharding import AXES, batch_sharding
 from picogpt_jax.formats.sources import load_float
 from picogpt_jax.model.layers import unstack
-from picogpt_jax.model.quantization import Mode
+from picogpt_jax.model.numerics import Mode
 from picogpt_jax.training.checkpoint import Checkpoints
 from picogpt_jax.training.resume import begin
 from picogpt_jax.training.trainer import Trainer, TrainState

@@ -33,7 +33,7 @@ from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.convert import float_arrays
 from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model
-from picogpt_jax.model import attention
+from picogpt_jax.kernels import fused_attention
 from picogpt_jax.text.prepare import prepare_text
 from picogpt_jax.text.reading import load_vocabulary
 from picogpt_jax.text.tokenizer import TokenizerVocabulary
@@ -180,7 +180,7 @@ def test_a_workdir_gives_its_best_parameters_and_its_configuration(tmp_path: Pat
 
 
 def test_a_run_with_the_attention_of_another_device_is_read_here(tmp_path: Path) -> None:
-    with mock.patch.object(attention, "why_not", return_value=None):  # as on a TPU
+    with mock.patch.object(fused_attention, "why_not", return_value=None):  # as on a TPU
         write_run(tmp_path / "old", {4: 1.5}, train__attention="splash")
     import_to(tmp_path / "run", tmp_path / "old")
     run = load_float(tmp_path / "run").run

@@ -92,8 +92,8 @@ def test_the_texts_are_those_of_the_runtimes(folder: Path, loaded: dict[tuple[st
 
 def test_a_workdir_has_its_float_parameters_and_the_pass_that_it_was_trained_with(folder: Path) -> None:
     plain, trained = (load(folder / "run", "jax", forward=forward) for forward in ("float", "trained"))  # type: ignore[arg-type]
-    assert (plain.engine.model.mode, trained.engine.model.mode) == ("float", "train")  # type: ignore[attr-defined]
-    assert trained.engine.model.quant.mode == "int8"  # type: ignore[attr-defined]
+    assert (plain.engine.model.numerics.mode, trained.engine.model.numerics.mode) == ("float", "train")  # type: ignore[attr-defined]
+    assert trained.engine.model.numerics.quant.mode == "int8"  # type: ignore[attr-defined]
 
 
 class Counting:

@@ -208,4 +208,7 @@ def test_it_needs_numpy_alone_and_shares_no_code(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "int8")], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stderr == ""
-    assert json.loads(done.stdout) == [["picogpt_jax.errors", "picogpt_jax.runtimes.numpy_model"], []]
+    assert json.loads(done.stdout) == [
+        [f"picogpt_jax.{name}" for name in ("errors", "runtimes", "runtimes.numpy_model")],
+        [],
+    ]

@@ -12,7 +12,7 @@ from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.text.reading import load_vocabulary, vocabulary_of_data
+from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
 from picogpt_jax.text.tokenizer import TokenizerVocabulary, has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import Vocabulary
 

@@ -213,8 +213,8 @@ def test_a_run_can_begin_in_float(data_dir: Path, tmp_path: Path, monkeypatch: p
     done = []
     construct = Trainer.__init__
 
-    def without_steps(self: Trainer, *arguments: Any) -> None:
-        construct(self, *arguments)
+    def without_steps(self: Trainer, *arguments: Any, **named: Any) -> None:
+        construct(self, *arguments, **named)
 
         def steps(state: TrainState, _: Any, batches: Any, mode: str) -> tuple[TrainState, StepMetrics]:
             done.append((mode, len(batches)))
@@ -263,8 +263,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, before: int | None = None, after: in
     def nan(state: TrainState) -> TrainState:
         return state.replace(params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params))
 
-    def poisoned(self: Trainer, *arguments: Any) -> None:
-        construct(self, *arguments)
+    def poisoned(self: Trainer, *arguments: Any, **named: Any) -> None:
+        construct(self, *arguments, **named)
         steps = self.steps
 
         def bad_steps(state: TrainState, *rest: Any) -> Any:
