@@ -4,7 +4,6 @@ Shapes: B streams, T time, V vocabulary, N tokens of a piece or a text.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
@@ -44,8 +43,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise UserError(f"max_new_tokens={self.max_new_tokens} is negative")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature={self.temperature} is not a finite number >= 0")
+        if not 0 <= self.temperature <= 1e30:  # what it multiplies is a float32 number
+            raise UserError(f"temperature={self.temperature} is not a number from 0 to 1e30; 1 draws as trained")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is negative; 0 draws from all tokens")
         if not 0 <= self.seed < 2**32:  # JAX would leave the upper bits out
