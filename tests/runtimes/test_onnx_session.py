@@ -1,20 +1,16 @@
 """Which number of threads a call gets, calls side by side, and what does not depend on either."""
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from test_int8_model import random_model
 
 from picogpt_jax.devices import cpu
-from picogpt_jax.devices.cpu import can_flush_denormals
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.onnx_export import onnx_model, save_onnx
+from picogpt_jax.formats.onnx_export import onnx_model
 from picogpt_jax.runtimes import onnx_session
 from picogpt_jax.runtimes.onnx_model import OnnxGPT
 from picogpt_jax.runtimes.onnx_session import ALONE, PER_CORE, Feeds, Session
@@ -142,17 +138,3 @@ def test_the_number_of_threads_does_not_change_a_bit(exact: bool) -> None:
         tokens_BT = np.random.default_rng(time).integers(0, 11, (batch, time))
         for other in others:
             np.testing.assert_array_equal(other.forward(tokens_BT), alone.forward(tokens_BT))
-
-
-@pytest.mark.skipif(not can_flush_denormals(), reason="denormal numbers are left alone here (not Linux on x86-64)")
-def test_opening_and_running_leave_this_threads_denormals_alone(tmp_path: Path) -> None:
-    """In a process of its own: ONNX Runtime would set the thread that opens its first session, for good."""
-    save_onnx(random_model(), tmp_path / "onnx")
-    code = (
-        "import sys, numpy as np; from picogpt_jax.runtimes.onnx_model import OnnxGPT; "
-        "model = OnnxGPT.load(sys.argv[1]); "
-        "model.forward(np.zeros((3, 16), np.int64)); print(np.float32(2e-38) * np.float32(0.01) > 0)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "onnx")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr
