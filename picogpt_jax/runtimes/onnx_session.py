@@ -8,11 +8,10 @@ calls, and those of large models, have a thread per core. The results are the sa
 (tested): ONNX Runtime splits rows and heads, never a sum.
 """
 
-import collections
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ class Session:
         self.side_by_side = cores() if is_small else 1
         self._model, self._lock = model, threading.Lock()
         self._shared: onnxruntime.InferenceSession | None = None  # by all cores
-        self._others: ThreadPoolExecutor | None = None  # threads beside the one that calls
+        self._threads = ThreadPoolExecutor(self.side_by_side, "onnxruntime")
 
     def is_large(self, tokens: int) -> bool:
         """Whether a call with so many tokens is worth the work of all cores."""
@@ -82,35 +81,7 @@ class Session:
         """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
         if self.side_by_side == 1:
             return [self.run(outputs, feed()) for feed in feeds]
-        with self._lock:
-            if self._others is None:
-                self._others = ThreadPoolExecutor(self.side_by_side - 1, "onnxruntime")
-        left = collections.deque(enumerate(feeds))
-        results: dict[int, Results] = {}
-
-        def work() -> None:
-            while True:
-                try:
-                    index, feed = left.popleft()
-                except IndexError:
-                    return
-                try:
-                    results[index] = self.onnx.run(outputs, feed())
-                except BaseException:
-                    left.clear()
-                    raise
-
-        others: list[Future[None]] = []
-        try:
-            for _ in range(min(self.side_by_side, len(feeds)) - 1):
-                others.append(self._others.submit(work))
-            work()
-        finally:
-            left.clear()
-            wait(others)
-        for other in others:
-            other.result()
-        return [results[index] for index in range(len(feeds))]
+        return list(self._threads.map(lambda feed: self.onnx.run(outputs, feed()), feeds))
 
 
 def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxruntime.InferenceSession:

@@ -23,13 +23,11 @@ class Machine:
 
     Attributes:
         opened: the numbers of threads of the sessions, in order, with the model.
-        calls: the first ids of all.
         together: how many calls must be under way at once for any to end.
     """
 
     def __init__(self) -> None:
         self.opened: list[tuple[int, object]] = []
-        self.calls: list[int] = []
         self.together = threading.Barrier(1)
 
     def open(self, model: object, threads: int) -> Any:
@@ -40,7 +38,6 @@ class Machine:
             def run(self, outputs: list[str], feeds: Feeds) -> list[Any]:
                 first = int(feeds["input_ids"].flat[0])
                 machine.together.wait(timeout=20)
-                machine.calls.append(first)
                 if first < 0:
                     raise RuntimeError(f"call {first}")
                 return [*outputs, threads, first]
@@ -93,15 +90,12 @@ def test_calls_side_by_side_come_back_in_order(machine: Machine) -> None:
     assert Session(b"model", 3).run_all(["logits"], feeds[:2]) == [["logits", 3, 0], ["logits", 3, 1]]
 
 
-def test_a_call_that_fails_ends_the_others(machine: Machine) -> None:
-    machine.together = threading.Barrier(4)  # so each thread fails
+def test_a_call_that_fails_raises_and_the_threads_live_on(machine: Machine) -> None:
     session = Session(b"model", None)
-    feeds = [lambda: {"input_ids": np.full((1, 1), -1)} for _ in range(100)]
+    feeds = [lambda first=first: {"input_ids": np.full((1, 1), first)} for first in (0, -1, 0)]
     with pytest.raises(RuntimeError, match="call -1"):
         session.run_all(["logits"], feeds)
-    assert machine.calls == [-1] * 4
-    machine.together = threading.Barrier(1)
-    assert session.run_all(["logits"], [lambda: TOKEN] * 9) == [["logits", ALONE, 0]] * 9, "the threads live on"
+    assert session.run_all(["logits"], [lambda: TOKEN] * 9) == [["logits", ALONE, 0]] * 9
 
 
 def test_a_window_that_is_large_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
