@@ -29,9 +29,6 @@ from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling
 from picogpt_jax.runtimes.torch_linear import Int8Matrix, one_thread
 
-# What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
-# operations, and the memory is used again.
-PART_BYTES = 3 << 19
 LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold goes up to 32 MiB
 
 
@@ -166,8 +163,6 @@ def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
-    On a CPU the matrices may be held twice, as int8 both times (`picogpt_jax.runtimes.torch_linear.PackedCodes`).
-
     Args:
         exact: LayerNorm, attention and tanh in float64, and the scales in the order in which JAX multiplies by them;
             else float32 and whichever order is fast.
@@ -200,13 +195,8 @@ class Int8GPT(nn.Module):
         Raises:
             ValueError: the positions do not fit into `block_size`.
         """
-        batch, queries = tokens_BT.shape
-        sequence_bytes = queries * self.config.n_embd * self.ln_f.weight.itemsize
-        is_cpu = tokens_BT.device.type == "cpu"
-        with one_thread() if is_cpu and is_small_call(tokens_BT.numel(), self._bytes) else contextlib.nullcontext():
-            if is_cpu and cache is None and batch > 1 and batch * sequence_bytes > PART_BYTES:
-                parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
-                return torch.cat([self._logits(part, None, last_only) for part in parts])
+        is_small = tokens_BT.device.type == "cpu" and is_small_call(tokens_BT.numel(), self._bytes)
+        with one_thread() if is_small else contextlib.nullcontext():
             return self._logits(tokens_BT, cache, last_only)
 
     def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
