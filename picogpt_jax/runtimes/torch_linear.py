@@ -110,18 +110,15 @@ class Int8Matrix(nn.Module):
         tensor: codes and scales.
         bias: float32 [rows].
         activation_bits: 8, or None for float32 activations.
-        exact: round between a token's and a weight's scale as JAX does; else in whichever order is fast.
     """
 
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None, exact: bool = True
-    ) -> None:
+    def __init__(self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None) -> None:
         super().__init__()
-        self.activation_bits, self.exact = activation_bits, exact
+        self.activation_bits = activation_bits
         self.register_buffer("codes", torch.tensor(tensor.codes))
         self.register_buffer("scale", torch.tensor(tensor.scale[:, 0]))  # [rows], or [1] for one in all
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
@@ -149,14 +146,8 @@ class Int8Matrix(nn.Module):
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = integer_product(x_NI, self.codes) if token_scale else x_NI @ self.codes.float().T
         y = y_NO.view(*x.shape[:-1], -1)
-        if not self.exact:
-            y.mul_(self.scale)
-        if not self.exact and token_scale and self.bias is None and residual is not None:
-            return residual.addcmul_(y, *token_scale)
-        if token_scale:
-            y.mul_(*token_scale)
-        if self.exact:
-            y.mul_(self.scale)
+        for scale in (*token_scale, self.scale):  # the order in which JAX multiplies by them
+            y.mul_(scale)
         if self.bias is not None:
             y += self.bias
         return y if residual is None else residual.add_(y)

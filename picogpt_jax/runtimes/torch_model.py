@@ -112,9 +112,9 @@ class Block(nn.Module):
         name = f"transformer.h.{layer}"
         self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
         queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
-        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", dtype, rows) for rows in (queries, others))
-        self.attn_proj = matrix(model, f"{name}.attn.c_proj", dtype)
-        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}", dtype) for part in ("c_fc", "c_proj"))
+        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", rows) for rows in (queries, others))
+        self.attn_proj = matrix(model, f"{name}.attn.c_proj")
+        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}") for part in ("c_fc", "c_proj"))
 
     def forward(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
         """Overwrites `x_BTC`, as fresh memory costs as much as a sum.
@@ -146,12 +146,11 @@ class Block(nn.Module):
         return y_BHTD.float().transpose(1, 2).flatten(2)
 
 
-def matrix(model: Int8Model, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Int8Matrix:
-    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it; exact in float64."""
+def matrix(model: Int8Model, name: str, rows: slice = slice(None)) -> Int8Matrix:
+    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it."""
     whole, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
     tensor = Int8Tensor(whole.codes[rows], whole.scale if len(whole.scale) == 1 else whole.scale[rows])
-    activation_bits = model.quantization.activation_bits
-    return Int8Matrix(tensor, None if bias is None else bias[rows], activation_bits, exact=dtype == torch.float64)
+    return Int8Matrix(tensor, None if bias is None else bias[rows], model.quantization.activation_bits)
 
 
 def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
@@ -164,8 +163,7 @@ class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
     Args:
-        exact: LayerNorm, attention and tanh in float64, and the scales in the order in which JAX multiplies by them;
-            else float32 and whichever order is fast.
+        exact: LayerNorm, attention and tanh in float64; else in float32.
 
     Attributes:
         config: the architecture.
@@ -176,7 +174,7 @@ class Int8GPT(nn.Module):
         keep_freed_memory()
         dtype = torch.float64 if exact else torch.float32
         self.config = model.model
-        self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))
+        self.wte, self.wpe = (matrix(model, f"transformer.{name}") for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
         self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
         self._bytes = sum(buffer.nbytes for buffer in self.buffers())
