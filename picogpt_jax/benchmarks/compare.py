@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt_jax.benchmarks.report import table
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.engine import BATCH_SIZE
 from picogpt_jax.runtimes.loop import losses
 from picogpt_jax.text.batches import evaluation_windows, padded_windows
 from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
 
 REFERENCE = "jax"
-BATCH_SIZE = 32  # windows computed at once
 
 # token ids [B, T] -> float32 logits [B, T, V]
 Forward = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
@@ -249,17 +250,15 @@ PANELS = (
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as aligned text; what a row lacks stays blank. A row may say instead why there is nothing: `error`."""
+    """The rows as aligned text; what a row lacks stays blank. A row may say why: `error`."""
     cells = [["runtime", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         values = [(row.get(key), style) for key, (_, style) in COLUMNS.items()]
         cells.append([row["runtime"], *("" if value is None else format(value, style) for value, style in values)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    for at, row in enumerate(rows, 1):
-        if row.get("error"):
-            lines[at] = f"{row['runtime']:>{widths[0]}}  {row['error']}"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    heading, *lines = table(cells)
+    for at, row in enumerate(rows):
+        lines[at] += f"  {row['error']}" if row.get("error") else ""
+    return "\n".join([heading, "-" * len(heading), *lines])
 
 
 def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], title: str) -> None:

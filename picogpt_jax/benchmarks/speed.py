@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from picogpt_jax.benchmarks.report import Comparison, Figures, Timing, Work, make_report, take_turns
+from picogpt_jax.benchmarks.report import Comparison, Figures, Timing, Work, make_report, take_turns, throughput
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.devices.chips import model_flops_utilization
 from picogpt_jax.devices.setup import compiler_options
@@ -196,15 +196,7 @@ def benchmark_decoding(
             work[name] = baseline.Decoding(model, slide_tokens, TEMPERATURE, device, threads)
             drawn[name] = slide_tokens
     timings = take_turns(work, rounds)
-    figures = {
-        name: {
-            "tokens_per_second": drawn[name] / timing.median,
-            "tokens_per_second_max": drawn[name] / timing.best,
-            "first_call_seconds": timing.first,
-        }
-        for name, timing in timings.items()
-    }
-    return make_report("decode", settings, figures, timings, DECODE_COMPARISONS)
+    return make_report("decode", settings, throughput(timings, drawn), timings, DECODE_COMPARISONS)
 
 
 def random_int8_model(config: ModelConfig) -> Int8Model:

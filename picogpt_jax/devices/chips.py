@@ -85,8 +85,8 @@ CHIPS = (
     _chip("TPU v5p", r"TPU v5p?", 459, 918, 95 * GIB, 2765, 6, 100, 4, "v5p:4x4x8"),
     _chip("TPU v6e", r"TPU v6( lite|e)", 918, 1836, 32 * GIB, 1638, 4, 100, 16, "v6e:16x16"),
     _chip("TPU7x", r"TPU7x", 2307, None, 192 * GIB, 7380, 6, 100, 4, "tpu7x:4x4x4", devices=2),
-    # NVIDIA's data sheets: A100 Tensor Core GPU; H100 and H200 Tensor Core GPU (SXM), halved, as they state figures with
-    # sparsity; DGX B200, an eighth, and half of what it states with sparsity.
+    # NVIDIA's data sheets: A100 Tensor Core GPU; H100 and H200 Tensor Core GPU (SXM), halved, as they state figures
+    # with sparsity; DGX B200, an eighth, and half of what it states with sparsity.
     _chip("NVIDIA A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 624, 40 * GIGA, 1555, 12, 25),
     _chip("NVIDIA A100 80GB", r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312, 624, 80 * GIGA, 2039, 12, 25),
     _chip("NVIDIA H100", r"NVIDIA H100 80GB HBM3", 989, 1979, 80 * GIGA, 3350, 18, 25),
