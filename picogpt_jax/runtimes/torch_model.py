@@ -70,14 +70,15 @@ FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, computed in `dtype`."""
+    """The LayerNorm `name` of the model, over the last dimension, computed in `dtype`."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: Int8Model, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon = model.model.layer_norm_epsilon
+        weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
         self.register_buffer("weight", torch.tensor(weight, dtype=dtype))
         self.register_buffer("bias", None if bias is None else torch.tensor(bias, dtype=dtype))
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
         activations = EXACT_ACTIVATIONS if dtype == torch.float64 else FAST_ACTIVATIONS
         self.activation = activations[model.model.activation]
         name = f"transformer.h.{layer}"
-        self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
+        self.ln_1, self.ln_2 = (LayerNorm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
         queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
         self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", rows) for rows in (queries, others))
         self.attn_proj = matrix(model, f"{name}.attn.c_proj")
@@ -153,12 +154,6 @@ def matrix(model: Int8Model, name: str, rows: slice = slice(None)) -> Int8Matrix
     return Int8Matrix(tensor, None if bias is None else bias[rows], model.quantization.activation_bits)
 
 
-def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
-    """The LayerNorm `name`, computed in `dtype`."""
-    weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
-    return LayerNorm(weight, bias, model.model.layer_norm_epsilon, dtype)
-
-
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
@@ -176,7 +171,7 @@ class Int8GPT(nn.Module):
         self.config = model.model
         self.wte, self.wpe = (matrix(model, f"transformer.{name}") for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
-        self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
+        self.ln_f = LayerNorm(model, "transformer.ln_f", dtype)
         self._bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
