@@ -97,7 +97,7 @@ def _torch_work(
         from picogpt_jax.runtimes.torch_model import Int8GPT
     except ImportError as error:
         raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
-    threads, tokens = torch_baseline.threads(), torch.from_numpy(prompts_BT)
+    threads, tokens = torch.get_num_threads(), torch.from_numpy(prompts_BT)
     float32, int8, fast = torch_baseline.dequantized(model), Int8GPT(model), Int8GPT(model, exact=False)
 
     def prompts(forward: Callable[[], object]) -> Work:

@@ -75,7 +75,7 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
         for name, quantized in (("PyTorch float", False), ("PyTorch QAT", True)):
             steps[name] = baseline.Training(config, quantized, tokens, settings["dtype"], device)
         matmuls |= {"PyTorch float32 matmul": baseline.matmuls(*MATMUL_SHAPE, MATMULS)} if on_cpu else {}
-        settings["torch_threads"] = baseline.threads()
+        settings["torch_threads"] = baseline.torch.get_num_threads()
     timings = take_turns(steps | matmuls, rounds)
 
     figures = {name: _training_figures(config, timings[name]) for name in steps}
@@ -191,8 +191,8 @@ def benchmark_decoding(
     drawn = dict(zip(work, (new_tokens, STREAMS * new_tokens, slide_tokens), strict=True))
     if with_torch:
         baseline, device = _torch_baseline()
-        settings["torch_threads"] = baseline.threads()
-        for name, threads in (("PyTorch slide, 1 stream", baseline.threads()), ("PyTorch slide, 1 thread", 1)):
+        settings["torch_threads"] = every = baseline.torch.get_num_threads()
+        for name, threads in (("PyTorch slide, 1 stream", every), ("PyTorch slide, 1 thread", 1)):
             work[name] = baseline.Decoding(model, slide_tokens, TEMPERATURE, device, threads)
             drawn[name] = slide_tokens
     timings = take_turns(work, rounds)

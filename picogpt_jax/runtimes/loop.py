@@ -3,11 +3,10 @@
 Shapes: B streams, T time, V vocabulary.
 """
 
-import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -142,12 +141,13 @@ class Text:
             return cache
 
         with ThreadPoolExecutor(2, "windows") as threads:
-            begun: collections.deque[Future[Any]] = collections.deque([threads.submit(begin, ends[0])])
+            next_begun = threads.submit(begin, ends[0])
             for end in ends:
+                begun = next_begun
                 if end < ends[-1]:
-                    begun.append(threads.submit(begin, end + 1))
-                cache = begun.popleft().result()
-                yield self._drawn(end, self._runtime.forward(self._text_BT[:, end - 1 : end], cache, last_only=True))
+                    next_begun = threads.submit(begin, end + 1)
+                newest_B1 = self._text_BT[:, end - 1 : end]
+                yield self._drawn(end, self._runtime.forward(newest_B1, begun.result(), last_only=True))
 
     def _drawn(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         self._text_BT[:, end] = self._choose(logits_B1V[:, 0])

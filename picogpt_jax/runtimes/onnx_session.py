@@ -8,8 +8,8 @@ calls, and those of large models, have a thread per core. The results are the sa
 (tested): ONNX Runtime splits rows and heads, never a sum.
 """
 
+import functools
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,8 +59,7 @@ class Session:
             raise UserError(f"cannot be read: {error.strerror}; see that the file is there and readable") from None
         self.onnx = open_session(model, ALONE if is_small else threads or PER_CORE)
         self.side_by_side = cores() if is_small else 1
-        self._model, self._lock = model, threading.Lock()
-        self._shared: onnxruntime.InferenceSession | None = None  # by all cores
+        self._model = model
         self._threads = ThreadPoolExecutor(self.side_by_side, "onnxruntime")
 
     def is_large(self, tokens: int) -> bool:
@@ -69,13 +68,12 @@ class Session:
 
     def run(self, outputs: list[str], feeds: Feeds) -> Results:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""
-        session = self.onnx
-        if self.side_by_side > 1 and self.is_large(feeds["input_ids"].size):
-            with self._lock:
-                if self._shared is None:
-                    self._shared = open_session(self._model, PER_CORE)
-            session = self._shared
-        return session.run(outputs, feeds)
+        is_shared = self.side_by_side > 1 and self.is_large(feeds["input_ids"].size)
+        return (self._by_all_cores if is_shared else self.onnx).run(outputs, feeds)
+
+    @functools.cached_property
+    def _by_all_cores(self) -> onnxruntime.InferenceSession:
+        return open_session(self._model, PER_CORE)
 
     def run_all(self, outputs: list[str], feeds: Sequence[Callable[[], Feeds]]) -> list[Results]:
         """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
