@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,9 @@ def _splash(q_BHTD: Array, k_BHTD: Array, v_BHTD: Array, interpret: bool) -> Arr
     _, heads, time, head_size = q_BHTD.shape
     block = next(size for size in range(MAX_BLOCK, 0, -LANES) if time % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
+    blocks: dict[str, Any] = dict.fromkeys(names, block)
     mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
-    attend = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    attend = splash.make_splash_mha(
+        mask, block_sizes=splash.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     return jax.vmap(attend)(q_BHTD * head_size**-0.5, k_BHTD, v_BHTD)  # the kernel does not scale
