@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from picogpt_jax.benchmarks.report import table
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.engine import BATCH_SIZE
 from picogpt_jax.runtimes.loop import losses
 from picogpt_jax.text.batches import evaluation_windows, padded_windows
 from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
 
 REFERENCE = "jax"
-BATCH_SIZE = 32  # windows computed at once
 
 # token ids [B, T] -> float32 logits [B, T, V]
 Forward = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
@@ -224,61 +225,50 @@ def disk_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
-# How a figure is printed: key of a row -> (heading, format).
+# How a figure is printed and drawn: key of a row -> (heading, format, title of its panel if it has one).
 COLUMNS = {
-    "loss": ("loss", ".6f"),
-    "loss_difference": ("- jax", "+.1e"),
-    "largest_difference": ("largest logit diff.", ".1e"),
-    "same_next_token": ("same next token", ".3%"),
-    "same_texts": ("same text", ".0%"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-    "first_token_seconds": ("first token s", ".2f"),
-    "bytes": ("bytes", ",d"),
+    "loss": ("loss", ".6f", ""),
+    "loss_difference": ("- jax", "+.1e", "|loss - JAX's|, nats"),
+    "largest_difference": ("largest logit diff.", ".1e", "largest logit difference"),
+    "same_next_token": ("same next token", ".3%", "same next token"),
+    "same_texts": ("same text", ".0%", ""),
+    "tokens_per_second": ("tokens/s", ",.0f", "tokens/s, one stream"),
+    "first_token_seconds": ("first token s", ".2f", "seconds to the first token, cold start"),
+    "bytes": ("bytes", ",d", "bytes on disk"),
 }
-
-
-# What is drawn: key of a row -> (its panel's title, on a logarithmic scale).
-PANELS = (
-    ("loss_difference", "|loss - JAX's|, nats", True),
-    ("largest_difference", "largest logit difference", True),
-    ("same_next_token", "same next token", False),
-    ("tokens_per_second", "tokens/s, one stream", False),
-    ("first_token_seconds", "seconds to the first token, cold start", False),
-    ("bytes", "bytes on disk", False),
-)
+LOGARITHMIC = ("loss_difference", "largest_difference")  # panels
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as aligned text; what a row lacks stays blank. A row may say instead why there is nothing: `error`."""
-    cells = [["runtime", *(heading for heading, _ in COLUMNS.values())]]
+    """The rows as aligned text; what a row lacks stays blank. A row may say why: `error`."""
+    cells = [["runtime", *(heading for heading, _, _ in COLUMNS.values())]]
     for row in rows:
-        values = [(row.get(key), style) for key, (_, style) in COLUMNS.items()]
+        values = [(row.get(key), style) for key, (_, style, _) in COLUMNS.items()]
         cells.append([row["runtime"], *("" if value is None else format(value, style) for value, style in values)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    for at, row in enumerate(rows, 1):
-        if row.get("error"):
-            lines[at] = f"{row['runtime']:>{widths[0]}}  {row['error']}"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    heading, *lines = table(cells)
+    for at, row in enumerate(rows):
+        lines[at] += f"  {row['error']}" if row.get("error") else ""
+    return "\n".join([heading, "-" * len(heading), *lines])
 
 
-def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], title: str) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], heading: str) -> None:
     """Draws one panel a figure, one bar a runtime.
 
     Raises:
         UserError: matplotlib is missing.
     """
     with styled_figure(10, 5.5) as figure:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(heading, x=0.01, ha="left", fontweight="bold")
         grid: Any = figure.subplots(2, 3)
-        for axes, (key, heading, logarithmic) in zip(grid.flat, PANELS, strict=True):
+        panels = [(key, style.lstrip("+"), title) for key, (_, style, title) in COLUMNS.items() if title]
+        for axes, (key, style, title) in zip(grid.flat, panels, strict=True):
             names = [row["runtime"] for row in rows if row.get(key) is not None]
             values = [abs(row[key]) for row in rows if row.get(key) is not None]
             bars = axes.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
-            form = COLUMNS[key][1].lstrip("+")
-            axes.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize=9)
-            axes.set_title(heading, fontsize=10)
-            axes.set_xscale("symlog", linthresh=1e-8) if logarithmic else None
+            axes.bar_label(bars, [format(value, style) for value in values], padding=3, fontsize=9)
+            axes.set_title(title, fontsize=10)
+            if key in LOGARITHMIC:
+                axes.set_xscale("symlog", linthresh=1e-8)
             axes.margins(x=0.4)
             axes.invert_yaxis()
             axes.xaxis.set_visible(False)

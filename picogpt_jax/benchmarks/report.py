@@ -5,7 +5,6 @@ figures of one run are compared, by their medians over the rounds. The first tur
 """
 
 import dataclasses
-import os
 import platform
 import statistics
 import time
@@ -13,9 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
-import jax
-
-from picogpt_jax.devices.cpu import cpu
+from picogpt_jax.devices.cpu import cores, cpu
 
 Work = Callable[[], object]  # a fixed amount of work; returns when it is done
 Figures = dict[str, float]
@@ -91,6 +88,18 @@ def _seconds(work: Work) -> float:
     return time.perf_counter() - began
 
 
+def throughput(timings: Mapping[str, Timing], tokens: Mapping[str, int]) -> dict[str, Figures]:
+    """The figures of contenders that compute so many `tokens` a turn."""
+    return {
+        name: {
+            "tokens_per_second": tokens[name] / timing.median,
+            "tokens_per_second_max": tokens[name] / timing.best,
+            "first_call_seconds": timing.first,
+        }
+        for name, timing in timings.items()
+    }
+
+
 def make_report(
     what: str,
     settings: dict[str, Any],
@@ -113,12 +122,13 @@ def make_report(
 
 def machine() -> dict[str, Any]:
     """The CPU's name and those of its features that matter here, the cores that may be used, and JAX's devices."""
-    name, flags = cpu()
-    devices = jax.devices()
+    import jax
+
+    (name, flags), devices = cpu(), jax.devices()
     return {
         "cpu": name,
         "cpu_features": [feature for feature in CPU_FEATURES if feature in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
@@ -153,9 +163,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         ", ".join(f"{name} {value}" for name, value in settings.items()),
         "",
-        *_table(rows),
+        *table(rows),
         "",
-        *(_table(ratios) if report["ratios"] else []),
+        *(table(ratios) if report["ratios"] else []),
     ]
     return "\n".join(lines).rstrip()
 
@@ -165,7 +175,7 @@ def _cell(key: str, value: float | None) -> str:
     return "" if value is None else format(value / divisor, form)
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    """Aligned lines: the first column to the left, the others to the right."""
+def table(rows: list[list[str]]) -> list[str]:
+    """The rows as aligned lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -7,13 +7,14 @@ has as many as are fast (`picogpt_jax.runtimes.onnx_session`). All of it runs on
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from picogpt_jax.benchmarks.report import Comparison, Work, make_report, take_turns
+from picogpt_jax.benchmarks.report import Comparison, Work, make_report, take_turns, throughput
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.runtimes import loop
@@ -60,30 +61,21 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
         f"ONNX {kind}, refill": _generation(models[f"ONNX {kind}"], new_tokens, "refill") for kind in KINDS
     }
     streams |= {f"{name}, slide": _generation(model, new_tokens, "slide") for name, model in models.items()}
-    prompts: dict[str, Work] = {f"{name}, prompts": _prompts(model, prompts_BT) for name, model in models.items()}
+    prompts: dict[str, Work] = {
+        f"{name}, prompts": _passes(functools.partial(model.forward, prompts_BT, last_only=True))
+        for name, model in models.items()
+    }
     if with_torch:
         torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(model, new_tokens, prompts_BT)
         streams, prompts = streams | torch_streams, prompts | torch_prompts
     timings = take_turns(streams | prompts, rounds)
     tokens = dict.fromkeys(streams, new_tokens) | dict.fromkeys(prompts, PASSES * prompts_BT.size)
-    figures = {
-        name: {
-            "tokens_per_second": tokens[name] / timing.median,
-            "tokens_per_second_max": tokens[name] / timing.best,
-            "first_call_seconds": timing.first,
-        }
-        for name, timing in timings.items()
-    }
-    return make_report("serve", settings, figures, timings, COMPARISONS)
+    return make_report("serve", settings, throughput(timings, tokens), timings, COMPARISONS)
 
 
 def _generation(model: Any, new_tokens: int, overflow: Overflow) -> Work:
     prompt_BT = np.zeros((1, 1), np.int64)
     return lambda: loop.generate(model, prompt_BT, new_tokens, temperature=TEMPERATURE, overflow=overflow)
-
-
-def _prompts(model: Any, prompts_BT: npt.NDArray[np.int64]) -> Work:
-    return _passes(lambda: model.forward(prompts_BT, last_only=True))
 
 
 def _passes(forward: Callable[[], object]) -> Work:
@@ -105,7 +97,7 @@ def _torch_work(
         from picogpt_jax.runtimes.torch_model import Int8GPT
     except ImportError as error:
         raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
-    threads, tokens = torch_baseline.threads(), torch.from_numpy(prompts_BT)
+    threads, tokens = torch.get_num_threads(), torch.from_numpy(prompts_BT)
     float32, int8, fast = torch_baseline.dequantized(model), Int8GPT(model), Int8GPT(model, exact=False)
 
     def prompts(forward: Callable[[], object]) -> Work:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from picogpt_jax.benchmarks.report import Comparison, Figures, Timing, Work, make_report, take_turns
+from picogpt_jax.benchmarks.report import Comparison, Figures, Timing, Work, make_report, take_turns, throughput
 from picogpt_jax.config import Config, ModelConfig
 from picogpt_jax.devices.chips import model_flops_utilization
 from picogpt_jax.devices.setup import compiler_options
@@ -75,7 +75,7 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
         for name, quantized in (("PyTorch float", False), ("PyTorch QAT", True)):
             steps[name] = baseline.Training(config, quantized, tokens, settings["dtype"], device)
         matmuls |= {"PyTorch float32 matmul": baseline.matmuls(*MATMUL_SHAPE, MATMULS)} if on_cpu else {}
-        settings["torch_threads"] = baseline.threads()
+        settings["torch_threads"] = baseline.torch.get_num_threads()
     timings = take_turns(steps | matmuls, rounds)
 
     figures = {name: _training_figures(config, timings[name]) for name in steps}
@@ -191,20 +191,12 @@ def benchmark_decoding(
     drawn = dict(zip(work, (new_tokens, STREAMS * new_tokens, slide_tokens), strict=True))
     if with_torch:
         baseline, device = _torch_baseline()
-        settings["torch_threads"] = baseline.threads()
-        for name, threads in (("PyTorch slide, 1 stream", baseline.threads()), ("PyTorch slide, 1 thread", 1)):
+        settings["torch_threads"] = every = baseline.torch.get_num_threads()
+        for name, threads in (("PyTorch slide, 1 stream", every), ("PyTorch slide, 1 thread", 1)):
             work[name] = baseline.Decoding(model, slide_tokens, TEMPERATURE, device, threads)
             drawn[name] = slide_tokens
     timings = take_turns(work, rounds)
-    figures = {
-        name: {
-            "tokens_per_second": drawn[name] / timing.median,
-            "tokens_per_second_max": drawn[name] / timing.best,
-            "first_call_seconds": timing.first,
-        }
-        for name, timing in timings.items()
-    }
-    return make_report("decode", settings, figures, timings, DECODE_COMPARISONS)
+    return make_report("decode", settings, throughput(timings, drawn), timings, DECODE_COMPARISONS)
 
 
 def random_int8_model(config: ModelConfig) -> Int8Model:

@@ -51,11 +51,6 @@ def device_like(jax_backend: str) -> str:
     raise UserError(f"JAX runs on a {jax_backend}, which this PyTorch cannot use; leave PyTorch out: --notorch")
 
 
-def threads() -> int:
-    """CPU threads of one operation; OMP_NUM_THREADS sets them."""
-    return torch.get_num_threads()
-
-
 class Attention(nn.Module):
     """Multi-head causal self-attention, q, k and v from one matmul."""
 

@@ -6,6 +6,7 @@ links; `link_bandwidth` here is one direction of one link.
 
 import dataclasses
 import re
+from typing import Any
 
 TERA, GIGA, GIB = 1e12, 1e9, 1 << 30
 
@@ -27,7 +28,6 @@ class Chip:
         cores: how the compiler is to see a chip's cores, where it is not as JAX does on the chip itself: `megacore`
             makes one device of the two of a TPU v4.
         example: a slice of it.
-        source: where the figures are published.
     """
 
     name: str
@@ -43,137 +43,55 @@ class Chip:
     topology: str | None = None
     cores: str | None = None
     example: str = ""
-    source: str
+
+
+def _chip(
+    name: str,
+    device_kind: str,
+    bfloat16_teraflops: float,
+    int8_teraops: float | None,
+    memory_bytes: float,
+    memory_gigabytes_per_second: float,
+    links: int,
+    link_gigabytes_per_second: float,
+    torus_multiple: int = 0,
+    a_slice: str = "",
+    **others: Any,
+) -> Chip:
+    """A row of the table, in the vendors' units; `a_slice`: topology and example; `others` of `Chip`'s attributes."""
+    topology, _, example = a_slice.partition(":")
+    return Chip(
+        name=name,
+        device_kind=device_kind,
+        bfloat16_flops=bfloat16_teraflops * TERA,
+        int8_ops=None if int8_teraops is None else int8_teraops * TERA,
+        memory_bytes=memory_bytes,
+        memory_bandwidth=memory_gigabytes_per_second * GIGA,
+        links=links,
+        link_bandwidth=link_gigabytes_per_second * GIGA,
+        torus_multiple=torus_multiple,
+        topology=topology or None,
+        example=example,
+        **others,
+    )
 
 
 CHIPS = (
-    Chip(
-        name="TPU v4",
-        device_kind=r"TPU v4",
-        bfloat16_flops=275 * TERA,
-        int8_ops=275 * TERA,
-        memory_bytes=32 * GIB,
-        memory_bandwidth=1200 * GIGA,
-        links=6,
-        link_bandwidth=50 * GIGA,  # 2,400 Gbit/s a chip, one direction
-        torus_multiple=4,
-        topology="v4",
-        cores="megacore",
-        example="4x4x8",
-        source="cloud.google.com/tpu/docs/v4; interconnect: Google Cloud's announcement of TPU v5p, December 2023",
-    ),
-    Chip(
-        name="TPU v5e",
-        device_kind=r"TPU v5( lite|e)",
-        bfloat16_flops=197 * TERA,
-        int8_ops=393 * TERA,
-        memory_bytes=16 * GIB,
-        memory_bandwidth=819 * GIGA,
-        links=4,
-        link_bandwidth=50 * GIGA,  # 400 GB/s a chip, both directions
-        torus_multiple=16,
-        topology="v5e",
-        example="16x16",
-        source="cloud.google.com/tpu/docs/v5e",
-    ),
-    Chip(
-        name="TPU v5p",
-        device_kind=r"TPU v5p?",
-        bfloat16_flops=459 * TERA,
-        int8_ops=918 * TERA,
-        memory_bytes=95 * GIB,
-        memory_bandwidth=2765 * GIGA,
-        links=6,
-        link_bandwidth=100 * GIGA,  # 1,200 GB/s a chip, both directions
-        torus_multiple=4,
-        topology="v5p",
-        example="4x4x8",
-        source="cloud.google.com/tpu/docs/v5p; int8: Google Cloud's announcement of TPU v5p, December 2023",
-    ),
-    Chip(
-        name="TPU v6e",
-        device_kind=r"TPU v6( lite|e)",
-        bfloat16_flops=918 * TERA,
-        int8_ops=1836 * TERA,
-        memory_bytes=32 * GIB,
-        memory_bandwidth=1638 * GIGA,
-        links=4,
-        link_bandwidth=100 * GIGA,  # 800 GB/s a chip, both directions
-        torus_multiple=16,
-        topology="v6e",
-        example="16x16",
-        source="cloud.google.com/tpu/docs/v6e",
-    ),
-    Chip(
-        name="TPU7x",
-        device_kind=r"TPU7x",
-        devices=2,
-        bfloat16_flops=2307 * TERA,
-        int8_ops=None,
-        memory_bytes=192 * GIB,
-        memory_bandwidth=7380 * GIGA,
-        links=6,
-        link_bandwidth=100 * GIGA,  # 1,200 GB/s a chip, both directions
-        torus_multiple=4,
-        topology="tpu7x",
-        example="4x4x4",
-        source="cloud.google.com/tpu/docs/tpu7x",
-    ),
-    Chip(
-        name="NVIDIA A100 40GB",
-        device_kind=r"NVIDIA A100-(SXM4|PCIE)-40GB",
-        bfloat16_flops=312 * TERA,
-        int8_ops=624 * TERA,
-        memory_bytes=40 * GIGA,
-        memory_bandwidth=1555 * GIGA,
-        links=12,
-        link_bandwidth=25 * GIGA,
-        source="NVIDIA A100 Tensor Core GPU data sheet",
-    ),
-    Chip(
-        name="NVIDIA A100 80GB",
-        device_kind=r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)",
-        bfloat16_flops=312 * TERA,
-        int8_ops=624 * TERA,
-        memory_bytes=80 * GIGA,
-        memory_bandwidth=2039 * GIGA,
-        links=12,
-        link_bandwidth=25 * GIGA,
-        source="NVIDIA A100 Tensor Core GPU data sheet",
-    ),
-    Chip(
-        name="NVIDIA H100",
-        device_kind=r"NVIDIA H100 80GB HBM3",
-        bfloat16_flops=989 * TERA,
-        int8_ops=1979 * TERA,
-        memory_bytes=80 * GIGA,
-        memory_bandwidth=3350 * GIGA,
-        links=18,
-        link_bandwidth=25 * GIGA,
-        source="NVIDIA H100 Tensor Core GPU data sheet (SXM), halved: it states figures with sparsity",
-    ),
-    Chip(
-        name="NVIDIA H200",
-        device_kind=r"NVIDIA H200",
-        bfloat16_flops=989 * TERA,
-        int8_ops=1979 * TERA,
-        memory_bytes=141 * GIGA,
-        memory_bandwidth=4800 * GIGA,
-        links=18,
-        link_bandwidth=25 * GIGA,
-        source="NVIDIA H200 Tensor Core GPU data sheet (SXM), halved: it states figures with sparsity",
-    ),
-    Chip(
-        name="NVIDIA B200",
-        device_kind=r"NVIDIA B200",
-        bfloat16_flops=2250 * TERA,
-        int8_ops=4500 * TERA,
-        memory_bytes=180 * GIGA,
-        memory_bandwidth=8000 * GIGA,
-        links=18,
-        link_bandwidth=50 * GIGA,
-        source="NVIDIA DGX B200 data sheet, an eighth, and half of what it states with sparsity",
-    ),
+    # name, device_kind, bfloat16 TFLOP/s, int8 TOP/s, memory, its GB/s, links, GB/s of one, torus_multiple, a slice
+    # cloud.google.com/tpu/docs/v4 and so on; interconnect of v4 (2,400 Gbit/s a chip, one direction) and int8 of v5p:
+    # Google Cloud's announcement of TPU v5p, December 2023; the others' interconnect: GB/s a chip, both directions.
+    _chip("TPU v4", r"TPU v4", 275, 275, 32 * GIB, 1200, 6, 50, 4, "v4:4x4x8", cores="megacore"),
+    _chip("TPU v5e", r"TPU v5( lite|e)", 197, 393, 16 * GIB, 819, 4, 50, 16, "v5e:16x16"),
+    _chip("TPU v5p", r"TPU v5p?", 459, 918, 95 * GIB, 2765, 6, 100, 4, "v5p:4x4x8"),
+    _chip("TPU v6e", r"TPU v6( lite|e)", 918, 1836, 32 * GIB, 1638, 4, 100, 16, "v6e:16x16"),
+    _chip("TPU7x", r"TPU7x", 2307, None, 192 * GIB, 7380, 6, 100, 4, "tpu7x:4x4x4", devices=2),
+    # NVIDIA's data sheets: A100 Tensor Core GPU; H100 and H200 Tensor Core GPU (SXM), halved, as they state figures
+    # with sparsity; DGX B200, an eighth, and half of what it states with sparsity.
+    _chip("NVIDIA A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 624, 40 * GIGA, 1555, 12, 25),
+    _chip("NVIDIA A100 80GB", r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312, 624, 80 * GIGA, 2039, 12, 25),
+    _chip("NVIDIA H100", r"NVIDIA H100 80GB HBM3", 989, 1979, 80 * GIGA, 3350, 18, 25),
+    _chip("NVIDIA H200", r"NVIDIA H200", 989, 1979, 141 * GIGA, 4800, 18, 25),
+    _chip("NVIDIA B200", r"NVIDIA B200", 2250, 4500, 180 * GIGA, 8000, 18, 50),
 )
 
 

@@ -64,7 +64,9 @@ def initialize(
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_check_proxy_envs", False)
     if coordinator_address is not None:  # gRPC would ask a proxy for the way to it
-        _except_from_proxies(coordinator_address.rsplit(":", 1)[0])
+        names = ("no_grpc_proxy", "no_proxy")  # it reads the second where the first is not set
+        host = coordinator_address.rsplit(":", 1)[0]
+        os.environ[names[0]] = ",".join(filter(None, [*map(os.environ.get, names), host]))
     arrived = threading.Event()
     late = threading.Timer(initialization_timeout_seconds, _give_up, (arrived, coordinator_address, process_id))
     late.daemon = True
@@ -93,16 +95,13 @@ def _check_arguments(coordinator_address: str | None, num_processes: int | None,
         "--process_id": process_id,
     }
     missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return
-    if missing:
+    if coordinator_address is None or num_processes is None or process_id is None:
+        if len(missing) == len(given):
+            return
         raise UserError(
             f"{', '.join(missing)} missing: give all three of {', '.join(given)}, or none of them under Slurm, "
             "Open MPI, GKE and Cloud TPU"
         )
-    assert coordinator_address is not None
-    assert num_processes is not None
-    assert process_id is not None
     host, _, port = coordinator_address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--coordinator_address={coordinator_address} is not HOST:PORT of process 0, e.g. node1:8476")
@@ -115,11 +114,6 @@ def _check_arguments(coordinator_address: str | None, num_processes: int | None,
         socket.getaddrinfo(host, int(port))
     except OSError as error:
         raise UserError(f"--coordinator_address={coordinator_address}: {host} is not known here ({error})") from None
-
-
-def _except_from_proxies(host: str) -> None:
-    names = ("no_grpc_proxy", "no_proxy")  # gRPC reads the second where the first is not set
-    os.environ[names[0]] = ",".join(filter(None, [*map(os.environ.get, names), host]))
 
 
 def _give_up(arrived: threading.Event, coordinator_address: str | None, process_id: int | None) -> None:

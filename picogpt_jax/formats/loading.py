@@ -20,8 +20,9 @@ from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices.accelerators import Device, has_accelerator
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import sources
-from picogpt_jax.int8.int8_model import size_report
+from picogpt_jax.int8.int8_model import Int8Model, size_report
 from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling, checked_tokens
+from picogpt_jax.runtimes.loop import Loop
 from picogpt_jax.text.vocabulary import Vocabulary
 
 Runtime = Literal["auto", "jax", "torch", "onnx", "numpy", "llama.cpp"]
@@ -206,8 +207,7 @@ def _load_jax(
     if kind in INT8:
         model = sources.load_int8(path)
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), 1) if tensor > 1 else None
-        engine = JaxGPT.from_int8(model, mesh)
-        return _Loaded(engine, model.model, model.vocabulary, size_report(model).total_bytes)
+        return _int8(JaxGPT.from_int8(model, mesh), model)
     if tensor > 1:
         raise UserError("--tensor splits int8 models; give --model=INT8_FOLDER, or leave --tensor out")
     source = sources.load_float(path)
@@ -218,35 +218,30 @@ def _load_jax(
     return _Loaded(engine, source.config, source.vocabulary, 4 * source.config.n_parameters)
 
 
-def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
-    from picogpt_jax.runtimes import loop, torch_model
-
-    model = sources.load_int8(path)
-    engine = loop.Loop(torch_model.TorchGPT(torch_model.Int8GPT(model)), torch_model.draws)
+def _int8(engine: Engine, model: Int8Model) -> _Loaded:
     return _Loaded(engine, model.model, model.vocabulary, size_report(model).total_bytes)
 
 
-def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:
-    from picogpt_jax.runtimes import loop
+def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
+    from picogpt_jax.runtimes import torch_model
 
-    runtime, vocabulary = sources.load_numpy(path)
     model = sources.load_int8(path)
-    return _Loaded(loop.Loop(runtime), model.model, vocabulary, size_report(model).total_bytes)
+    return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model)), torch_model.draws), model)
+
+
+def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:
+    runtime, _ = sources.load_numpy(path)
+    return _int8(Loop(runtime), sources.load_int8(path))
 
 
 def _load_onnx(path: str | os.PathLike[str]) -> _Loaded:
-    from picogpt_jax.runtimes import loop
-
-    runtime = sources.load_onnx(path)
-    n_bytes = (Path(path) / sources.ONNX_FILE).stat().st_size
-    return _Loaded(loop.Loop(runtime), runtime.config, runtime.vocabulary, n_bytes)
+    runtime, file = sources.load_onnx(path), Path(path) / sources.ONNX_FILE
+    return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, file.stat().st_size)
 
 
 def _load_llama_cpp(path: str | os.PathLike[str]) -> _Loaded:
-    from picogpt_jax.runtimes import loop
-
     runtime = sources.load_gguf(path)
-    return _Loaded(loop.Loop(runtime), runtime.config, runtime.vocabulary, Path(path).stat().st_size)
+    return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, Path(path).stat().st_size)
 
 
 LOADERS = {"torch": _load_torch, "numpy": _load_numpy, "onnx": _load_onnx, "llama.cpp": _load_llama_cpp}

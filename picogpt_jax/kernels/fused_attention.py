@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,32 +155,21 @@ def fused(
     return sharded(q_BHTD, k_BHTD, v_BHTD)
 
 
-def _cudnn(
-    q_BHTD: Float[Array, "B H T D"], k_BHTD: Float[Array, "B H T D"], v_BHTD: Float[Array, "B H T D"]
-) -> Float[Array, "B H T D"]:
+def _cudnn(q_BHTD: Array, k_BHTD: Array, v_BHTD: Array) -> Array:
     q_BTHD, k_BTHD, v_BTHD = (x.transpose(0, 2, 1, 3) for x in (q_BHTD, k_BHTD, v_BHTD))
     y_BTHD = jax.nn.dot_product_attention(q_BTHD, k_BTHD, v_BTHD, is_causal=True, implementation="cudnn")
     return y_BTHD.transpose(0, 2, 1, 3)
 
 
-def _splash(
-    q_BHTD: Float[Array, "B H T D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    interpret: bool,
-) -> Float[Array, "B H T D"]:
+def _splash(q_BHTD: Array, k_BHTD: Array, v_BHTD: Array, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, heads, time, head_size = q_BHTD.shape
     block = next(size for size in range(MAX_BLOCK, 0, -LANES) if time % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    blocks: dict[str, Any] = dict.fromkeys(names, block)
     mask = splash.MultiHeadMask([splash.CausalMask((time, time))] * heads)
-    attend = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    attend = splash.make_splash_mha(
+        mask, block_sizes=splash.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     return jax.vmap(attend)(q_BHTD * head_size**-0.5, k_BHTD, v_BHTD)  # the kernel does not scale

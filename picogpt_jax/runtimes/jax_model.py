@@ -9,11 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh
 
-from picogpt_jax.config import MeshConfig
 from picogpt_jax.devices.setup import compiler_options
-from picogpt_jax.devices.sharding import make_mesh, on
+from picogpt_jax.devices.sharding import on
 from picogpt_jax.runtimes.engine import BATCH_SIZE, checked_data
 from picogpt_jax.runtimes.jax_generator import Generator
 from picogpt_jax.training.evaluate import Evaluator
@@ -34,18 +32,13 @@ class JaxGPT(Generator):
         return self._evaluator.loss(self.variables, data)
 
     @functools.cached_property
-    def _evaluation_mesh(self) -> Mesh:
-        one = MeshConfig(data=1, fsdp=1, tensor=1)
-        return self.mesh or make_mesh(one, BATCH_SIZE, jax.devices()[:1])
-
-    @functools.cached_property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.model.apply, self._evaluation_mesh, self.block_size, BATCH_SIZE)
+        return Evaluator(self.model.apply, self._mesh_of(1), self.block_size, BATCH_SIZE)
 
     @functools.cached_property
     def _forward(self) -> Any:
         def forward(variables: Any, tokens_BT: Any) -> Any:
-            with on(self._evaluation_mesh):
+            with on(self._mesh_of(1)):
                 return self.model.apply(variables, tokens_BT)
 
         return jax.jit(forward, compiler_options=compiler_options())

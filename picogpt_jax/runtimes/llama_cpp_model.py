@@ -106,11 +106,7 @@ class LlamaCppGPT:
             self.config, _, _ = config_from_json(json.loads(metadata.get("picogpt_jax.config", "null")))
         except ValueError as error:  # a UserError, too
             raise UserError(f"{path}: picogpt_jax.config: {error}; convert it again with --to=gguf") from None
-        self.block_size = self.config.block_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary.size
+        self.block_size, self.vocab_size = self.config.block_size, self.vocabulary.size
 
     def new_cache(self, batch: int) -> Seen:
         """A cache of no positions."""

@@ -53,6 +53,7 @@ class OnnxGPT:
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
         self._session = Session(model, threads)
         self.config, self.quantization, self.training, self.vocabulary = self._metadata()
+        self.block_size, self.vocab_size = self.config.block_size, self.config.vocab_size
         layers = range(self.config.n_layer)
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         self._past = [f"past_key_values.{part}" for part in parts]
@@ -75,16 +76,6 @@ class OnnxGPT:
             raise UserError(f"{path} does not exist; make it with: {make}")
         with errors_in(path):
             return cls(path, threads)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens that the model sees."""
-        return self.config.block_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids."""
-        return self.config.vocab_size
 
     @property
     def windows_at_once(self) -> int:

@@ -4,13 +4,10 @@ The weights stay int8 in memory. A matmul quantizes the activations that enter i
 by int8 with an exact int32 sum, and only then goes back to float32: y = int32 * activation_scale * weight_scale + bias.
 With `activation_bits=None` the activations stay float32.
 
-Three kernels compute that sum, with the same integers:
+Two kernels compute that sum, with the same integers:
 
 - `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product instructions, but 40 times slower than float on those
   without;
-- oneDNN's, on CPUs with AMX for many tokens (`torch.ops.onednn`, as PyTorch's compiler calls it). It takes codes that
-  were laid out once, a second copy in memory, and returns the sums in float32, times the weights' scales. Without AMX
-  oneDNN has only its reference kernel, which is a thousand times slower;
 - a float32 product of the codes, converted in each call so that the model in memory stays int8. It is exact: codes are
   at most 127 in magnitude, so a sum over 1040 features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs
   too) holds each of these.
@@ -19,10 +16,7 @@ Shapes: N rows (tokens), I input features, O output features of a matmul.
 """
 
 import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,14 +27,12 @@ try:
 except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
-from picogpt_jax.devices.cpu import has_amx_int8
+from picogpt_jax.devices.cpu import has_vnni
 from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Tensor
 
 Operand = tuple[Tensor, ...]  # codes and scales of activations, or activations alone
 
-TRIAL_CALLS, TRIAL_SECONDS = 10, 0.04  # of kernels in turn, at least, to find out which is the faster one
 EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum up exactly in float32
-PACKED_ROWS = 256  # from as many on `PackedCodes` is faster, for narrow matrices too; for one row it is far slower
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +57,7 @@ def integer_product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """x w^T of int8 codes, summed exactly in int32, as float32 [N, O]; by whichever kernel is fast here."""
     if x_NI.is_cuda:
         return product_by_int_mm(*_aligned(x_NI, w_OI))[: len(x_NI), : len(w_OI)]
-    if x_NI.device.type == "cpu" and int_mm_is_fast_on_cpu():
+    if x_NI.device.type == "cpu" and has_vnni():
         return product_by_int_mm(x_NI, w_OI)
     return product_by_float(x_NI, w_OI)
 
@@ -98,17 +90,6 @@ def _aligned(x_NI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(x_NI, (0, features, 0, x_rows)), F.pad(w_OI, (0, features, 0, w_rows))
 
 
-@functools.cache
-def int_mm_is_fast_on_cpu() -> bool:
-    """Times both kernels, once in a process: PyTorch does not tell on which CPUs its int8 kernel is a fast one.
-
-    And whether its integers are right: where a CPU adds up in 16 bits, the largest codes would not fit.
-    """
-    x, w = _trial_codes(64, 256), _trial_codes(256, 256)
-    int_mm, by_float = best_seconds(lambda: product_by_int_mm(x, w), lambda: product_by_float(x, w))
-    return int_mm < by_float and torch.equal(product_by_int_mm(x, w), product_by_float(x, w))
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """PyTorch computes with one thread until the end of the block."""
@@ -120,68 +101,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def best_seconds(*products: Callable[[], object]) -> list[float]:
-    """The shortest time of each, in turn: the first calls set the kernels up, and others may be interrupted.
-
-    By one thread: two wait for each other, and so for whatever else takes one of the cores, in every call.
-    """
-    times: list[list[float]] = [[] for _ in products]
-    began = time.perf_counter()
-    with one_thread():
-        while len(times[0]) < TRIAL_CALLS or time.perf_counter() - began < TRIAL_SECONDS:
-            for product, seconds in zip(products, times, strict=True):
-                start = time.perf_counter()
-                product()
-                seconds.append(time.perf_counter() - start)
-    return [min(seconds) for seconds in times]
-
-
-def _trial_codes(rows: int, cols: int) -> Tensor:
-    """int8 [rows, cols]: every code in turn, so that no two places can be mistaken; the first row is the largest."""
-    codes = torch.arange(rows * cols).remainder(2 * MAX_CODE + 1).sub(MAX_CODE).to(torch.int8).view(rows, cols)
-    codes[0] = MAX_CODE
-    return codes
-
-
-class PackedCodes:
-    """A matrix's codes as oneDNN's int8 kernel wants them, for the CPU.
-
-    Args:
-        w_OI: int8 codes.
-        scale: float32 [O], or [1]; what the integers are multiplied by.
-    """
-
-    def __init__(self, w_OI: Tensor, scale: Tensor) -> None:
-        self.codes = torch.ops.onednn.qlinear_prepack(w_OI, None)
-        self.scale, self.zero_points = scale, torch.zeros(len(scale), dtype=torch.int64)
-
-    def product(self, x_NI: Tensor) -> Tensor:
-        """x w^T of int8 codes, summed exactly in int32, times the scale: float32 [N, O]."""
-        activations = (x_NI, 1.0, 0)  # their one scale and zero point
-        weights, result = (self.codes, self.scale, self.zero_points), (1.0, 0, torch.float32)
-        y_NO: Tensor = torch.ops.onednn.qlinear_pointwise(*activations, *weights, None, *result, "none", [], "")
-        return y_NO
-
-
-@functools.cache
-def packing_is_fast() -> bool:
-    """Whether `PackedCodes` gives the right integers here, by a kernel made for this CPU.
-
-    That one is faster than `torch._int_mm` for large products. AMX may be there, but not for this process or not for
-    oneDNN. So a small product is timed, as the reference kernel would take seconds for a large one: there a kernel made
-    for the CPU takes 1 to 4 times as long, the reference over 100 times.
-    """
-    if not (has_amx_int8() and int_mm_is_fast_on_cpu()):
-        return False
-    x, w = _trial_codes(PACKED_ROWS, 64), _trial_codes(64, 64)
-    try:
-        packed = PackedCodes(w, torch.ones(1))
-        int_mm, by_packed = best_seconds(lambda: product_by_int_mm(x, w), lambda: packed.product(x))
-        return by_packed < 30 * int_mm and torch.equal(packed.product(x), product_by_float(x, w))
-    except (AttributeError, RuntimeError, TypeError):  # no oneDNN, or other arguments: PyTorch does not promise them
-        return False
-
-
 class Int8Matrix(nn.Module):
     """int8 codes [rows, cols] with their scales: a linear layer, an embedding table, or both (the tied head).
 
@@ -191,25 +110,18 @@ class Int8Matrix(nn.Module):
         tensor: codes and scales.
         bias: float32 [rows].
         activation_bits: 8, or None for float32 activations.
-        exact: round between a token's and a weight's scale as JAX does; else in whichever order is fast.
     """
 
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None, exact: bool = True
-    ) -> None:
+    def __init__(self, tensor: Int8Tensor, bias: np.ndarray | None, activation_bits: int | None) -> None:
         super().__init__()
-        self.activation_bits, self.exact = activation_bits, exact
+        self.activation_bits = activation_bits
         self.register_buffer("codes", torch.tensor(tensor.codes))
         self.register_buffer("scale", torch.tensor(tensor.scale[:, 0]))  # [rows], or [1] for one in all
         self.register_buffer("bias", None if bias is None else torch.tensor(bias))
-        self.packed: PackedCodes | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"packed": None}  # a tensor of oneDNN's can be neither copied nor pickled
 
     def lookup(self, ids: Tensor) -> Tensor:
         """float32 [..., cols]: the rows `ids`, dequantized."""
@@ -217,14 +129,6 @@ class Int8Matrix(nn.Module):
         if ids.numel() >= len(self.codes):  # each row once, not each time that it occurs
             return F.embedding(ids, self.codes.float() * scale)
         return F.embedding(ids, self.codes).float() * (scale if len(scale) == 1 else F.embedding(ids, scale))
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Int8Matrix":  # as `to` does
-        self.packed = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.packed = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def multiply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 [..., cols], which is overwritten, -> float32 [..., rows]; `residual` as in `product`."""
@@ -239,25 +143,11 @@ class Int8Matrix(nn.Module):
     def product(self, operand: Operand, residual: Tensor | None = None) -> Tensor:
         """float32 [..., rows]: an operand times the matrix, added to `residual` in place where there is one."""
         x, *token_scale = operand
-        y = self._sums(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-        if not self.exact and token_scale and self.bias is None and residual is not None:
-            return residual.addcmul_(y, *token_scale)
-        if token_scale:
-            y.mul_(*token_scale)
-        if self.exact:
-            y.mul_(self.scale)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = integer_product(x_NI, self.codes) if token_scale else x_NI @ self.codes.float().T
+        y = y_NO.view(*x.shape[:-1], -1)
+        for scale in (*token_scale, self.scale):  # the order in which JAX multiplies by them
+            y.mul_(scale)
         if self.bias is not None:
             y += self.bias
         return y if residual is None else residual.add_(y)
-
-    def _sums(self, x_NI: Tensor) -> Tensor:
-        """float32 [N, rows]: the sums of the products; times the weights' scales, unless `exact`."""
-        if self.activation_bits is None:
-            y_NO = x_NI @ self.codes.float().T
-        elif len(x_NI) >= PACKED_ROWS and x_NI.device.type == "cpu" and packing_is_fast():
-            if self.packed is None:
-                self.packed = PackedCodes(self.codes, torch.ones(1) if self.exact else self.scale)
-            return self.packed.product(x_NI)
-        else:
-            y_NO = integer_product(x_NI, self.codes)
-        return y_NO if self.exact else y_NO.mul_(self.scale)

@@ -29,9 +29,6 @@ from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling
 from picogpt_jax.runtimes.torch_linear import Int8Matrix, one_thread
 
-# What is computed at once on a CPU: so many bytes of LayerNorm's results. The caches hold more of what lies between two
-# operations, and the memory is used again.
-PART_BYTES = 3 << 19
 LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold goes up to 32 MiB
 
 
@@ -40,10 +37,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep the memory of one operation's results for those of the next.
 
     It gives freed memory at the end of its heap back to the system where that is more than twice the largest block
-    that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). New memory has to be mapped and set to zero page by
-    page: 32 sequences of 128 tokens took 5,000 to 30,000 page faults, and up to twice the time. So a large block is
-    freed here. It is never written, so it takes no memory. From then on the process keeps up to twice as much of what
-    it frees; where a MALLOC_ variable of the environment sets a threshold, nothing changes.
+    that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). To take it again, page by page, costs up to 0.9
+    times the time of a pass. So a large block is freed here; it is never written, so it takes no memory.
     """
     torch.empty(LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
@@ -73,14 +68,15 @@ FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, computed in `dtype`."""
+    """The LayerNorm `name` of the model, over the last dimension, computed in `dtype`."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: Int8Model, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon = model.model.layer_norm_epsilon
+        weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
         self.register_buffer("weight", torch.tensor(weight, dtype=dtype))
         self.register_buffer("bias", None if bias is None else torch.tensor(bias, dtype=dtype))
 
@@ -113,11 +109,11 @@ class Block(nn.Module):
         activations = EXACT_ACTIVATIONS if dtype == torch.float64 else FAST_ACTIVATIONS
         self.activation = activations[model.model.activation]
         name = f"transformer.h.{layer}"
-        self.ln_1, self.ln_2 = (layer_norm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
+        self.ln_1, self.ln_2 = (LayerNorm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
         queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
-        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", dtype, rows) for rows in (queries, others))
-        self.attn_proj = matrix(model, f"{name}.attn.c_proj", dtype)
-        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}", dtype) for part in ("c_fc", "c_proj"))
+        self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", rows) for rows in (queries, others))
+        self.attn_proj = matrix(model, f"{name}.attn.c_proj")
+        self.c_fc, self.mlp_proj = (matrix(model, f"{name}.mlp.{part}") for part in ("c_fc", "c_proj"))
 
     def forward(self, x_BTC: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
         """Overwrites `x_BTC`, as fresh memory costs as much as a sum.
@@ -149,28 +145,18 @@ class Block(nn.Module):
         return y_BHTD.float().transpose(1, 2).flatten(2)
 
 
-def matrix(model: Int8Model, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Int8Matrix:
-    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it; exact in float64."""
+def matrix(model: Int8Model, name: str, rows: slice = slice(None)) -> Int8Matrix:
+    """The matrix `name` (without `.weight`) with its bias, if it has one, or `rows` of it."""
     whole, bias = model.matrices[name], model.vectors.get(f"{name}.bias")
     tensor = Int8Tensor(whole.codes[rows], whole.scale if len(whole.scale) == 1 else whole.scale[rows])
-    activation_bits = model.quantization.activation_bits
-    return Int8Matrix(tensor, None if bias is None else bias[rows], activation_bits, exact=dtype == torch.float64)
-
-
-def layer_norm(model: Int8Model, name: str, dtype: torch.dtype) -> LayerNorm:
-    """The LayerNorm `name`, computed in `dtype`."""
-    weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
-    return LayerNorm(weight, bias, model.model.layer_norm_epsilon, dtype)
+    return Int8Matrix(tensor, None if bias is None else bias[rows], model.quantization.activation_bits)
 
 
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
-    On a CPU the matrices may be held twice, as int8 both times (`picogpt_jax.runtimes.torch_linear.PackedCodes`).
-
     Args:
-        exact: LayerNorm, attention and tanh in float64, and the scales in the order in which JAX multiplies by them;
-            else float32 and whichever order is fast.
+        exact: LayerNorm, attention and tanh in float64; else in float32.
 
     Attributes:
         config: the architecture.
@@ -181,9 +167,9 @@ class Int8GPT(nn.Module):
         keep_freed_memory()
         dtype = torch.float64 if exact else torch.float32
         self.config = model.model
-        self.wte, self.wpe = (matrix(model, f"transformer.{name}", dtype) for name in ("wte", "wpe"))
+        self.wte, self.wpe = (matrix(model, f"transformer.{name}") for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
-        self.ln_f = layer_norm(model, "transformer.ln_f", dtype)
+        self.ln_f = LayerNorm(model, "transformer.ln_f", dtype)
         self._bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
@@ -200,13 +186,8 @@ class Int8GPT(nn.Module):
         Raises:
             ValueError: the positions do not fit into `block_size`.
         """
-        batch, queries = tokens_BT.shape
-        sequence_bytes = queries * self.config.n_embd * self.ln_f.weight.itemsize
-        is_cpu = tokens_BT.device.type == "cpu"
-        with one_thread() if is_cpu and is_small_call(tokens_BT.numel(), self._bytes) else contextlib.nullcontext():
-            if is_cpu and cache is None and batch > 1 and batch * sequence_bytes > PART_BYTES:
-                parts = tokens_BT.split(max(PART_BYTES // sequence_bytes, 1))
-                return torch.cat([self._logits(part, None, last_only) for part in parts])
+        is_small = tokens_BT.device.type == "cpu" and is_small_call(tokens_BT.numel(), self._bytes)
+        with one_thread() if is_small else contextlib.nullcontext():
             return self._logits(tokens_BT, cache, last_only)
 
     def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:

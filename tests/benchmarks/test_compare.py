@@ -95,7 +95,7 @@ def test_a_runtime_that_dies_leaves_the_others(tmp_path: Path, monkeypatch: pyte
     for process in (dying, refused):
         process.close()
     table = compare.format_table([{"runtime": "jax", "loss": 1.5}, {"runtime": "dying", "error": failures["dying"]}])
-    assert table.splitlines()[3] == "  dying  its process was ended by SIGILL"
+    assert table.splitlines()[3] == "dying  its process was ended by SIGILL"
 
 
 def test_the_rate_is_that_of_the_characters_after_the_first_arrival() -> None:

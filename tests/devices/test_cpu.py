@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from picogpt_jax.devices import cpu
@@ -24,27 +23,3 @@ def test_features_are_read_from_the_kernel(
         (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     assert (cpu.has_vnni(), cpu.wants_unsigned_int8(), cpu.has_bfloat16()) == (vnni, unsigned, bfloat16)
-
-
-@pytest.mark.skipif(not cpu.can_flush_denormals(), reason="not Linux on x86-64")
-def test_denormals_are_zero_inside_the_block_only() -> None:
-    small, denormal = np.float32(2e-38), np.float32(1e-39)
-
-    def products() -> tuple[float, float]:
-        return float(small * np.float32(0.01)), float(denormal * np.float32(1000))
-
-    with pytest.raises(KeyError), cpu.denormals_flushed():
-        assert products() == (0, 0)
-        with cpu.denormals_flushed():
-            assert products() == (0, 0)
-        assert products() == (0, 0)
-        assert small * np.float32(10) > 1e-37
-        raise KeyError
-    assert min(products()) > 0
-
-
-def test_where_the_float_environment_is_not_known_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_libm", lambda: None)
-    assert not cpu.can_flush_denormals()
-    with cpu.denormals_flushed():
-        assert np.float32(2e-38) * np.float32(0.01) > 0

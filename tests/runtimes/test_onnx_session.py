@@ -1,20 +1,16 @@
 """Which number of threads a call gets, calls side by side, and what does not depend on either."""
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from test_int8_model import random_model
 
 from picogpt_jax.devices import cpu
-from picogpt_jax.devices.cpu import can_flush_denormals
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.onnx_export import onnx_model, save_onnx
+from picogpt_jax.formats.onnx_export import onnx_model
 from picogpt_jax.runtimes import onnx_session
 from picogpt_jax.runtimes.onnx_model import OnnxGPT
 from picogpt_jax.runtimes.onnx_session import ALONE, PER_CORE, Feeds, Session
@@ -27,13 +23,11 @@ class Machine:
 
     Attributes:
         opened: the numbers of threads of the sessions, in order, with the model.
-        calls: the first ids of all.
         together: how many calls must be under way at once for any to end.
     """
 
     def __init__(self) -> None:
         self.opened: list[tuple[int, object]] = []
-        self.calls: list[int] = []
         self.together = threading.Barrier(1)
 
     def open(self, model: object, threads: int) -> Any:
@@ -44,7 +38,6 @@ class Machine:
             def run(self, outputs: list[str], feeds: Feeds) -> list[Any]:
                 first = int(feeds["input_ids"].flat[0])
                 machine.together.wait(timeout=20)
-                machine.calls.append(first)
                 if first < 0:
                     raise RuntimeError(f"call {first}")
                 return [*outputs, threads, first]
@@ -97,15 +90,12 @@ def test_calls_side_by_side_come_back_in_order(machine: Machine) -> None:
     assert Session(b"model", 3).run_all(["logits"], feeds[:2]) == [["logits", 3, 0], ["logits", 3, 1]]
 
 
-def test_a_call_that_fails_ends_the_others(machine: Machine) -> None:
-    machine.together = threading.Barrier(4)  # so each thread fails
+def test_a_call_that_fails_raises_and_the_threads_live_on(machine: Machine) -> None:
     session = Session(b"model", None)
-    feeds = [lambda: {"input_ids": np.full((1, 1), -1)} for _ in range(100)]
+    feeds = [lambda first=first: {"input_ids": np.full((1, 1), first)} for first in (0, -1, 0)]
     with pytest.raises(RuntimeError, match="call -1"):
         session.run_all(["logits"], feeds)
-    assert machine.calls == [-1] * 4
-    machine.together = threading.Barrier(1)
-    assert session.run_all(["logits"], [lambda: TOKEN] * 9) == [["logits", ALONE, 0]] * 9, "the threads live on"
+    assert session.run_all(["logits"], [lambda: TOKEN] * 9) == [["logits", ALONE, 0]] * 9
 
 
 def test_a_window_that_is_large_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +132,3 @@ def test_the_number_of_threads_does_not_change_a_bit(exact: bool) -> None:
         tokens_BT = np.random.default_rng(time).integers(0, 11, (batch, time))
         for other in others:
             np.testing.assert_array_equal(other.forward(tokens_BT), alone.forward(tokens_BT))
-
-
-@pytest.mark.skipif(not can_flush_denormals(), reason="denormal numbers are left alone here (not Linux on x86-64)")
-def test_opening_and_running_leave_this_threads_denormals_alone(tmp_path: Path) -> None:
-    """In a process of its own: ONNX Runtime would set the thread that opens its first session, for good."""
-    save_onnx(random_model(), tmp_path / "onnx")
-    code = (
-        "import sys, numpy as np; from picogpt_jax.runtimes.onnx_model import OnnxGPT; "
-        "model = OnnxGPT.load(sys.argv[1]); "
-        "model.forward(np.zeros((3, 16), np.int64)); print(np.float32(2e-38) * np.float32(0.01) > 0)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "onnx")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr

@@ -1,7 +1,5 @@
 """PyTorch's int8 product: the same integers by every kernel, and activations on their token's grid."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +8,9 @@ from picogpt_jax.int8.int8_model import Int8Tensor
 from picogpt_jax.runtimes import torch_linear
 from picogpt_jax.runtimes.torch_linear import (
     EXACT_FEATURES,
-    PACKED_ROWS,
-    TRIAL_CALLS,
     Int8Matrix,
-    PackedCodes,
     _aligned,
-    best_seconds,
-    int_mm_is_fast_on_cpu,
     integer_product,
-    packing_is_fast,
     product_by_float,
     product_by_int_mm,
     quantize_activations,
@@ -42,141 +34,25 @@ def test_every_kernel_gives_the_same_integers(rows: int, features: int, outputs:
     assert torch.equal(integer_product(x, w), expected)
 
 
-@pytest.mark.parametrize("features", [33, 192, 4096])
-@pytest.mark.parametrize("largest", [False, True])
-def test_packed_codes_give_the_same_integers(features: int, largest: bool) -> None:
-    if not packing_is_fast():
-        pytest.skip("for processors with AMX, where this kernel is used")
-    x, w = random_codes(PACKED_ROWS, features, 1), random_codes(65, features, 2)
-    if largest:
-        x[:], w[:] = 127, -127
-    scale = torch.linspace(0.5, 2, 65)
-    sums = (x.int() @ w.int().T).float()
-    assert torch.equal(PackedCodes(w, torch.ones(1)).product(x), sums)
-    assert torch.equal(PackedCodes(w, scale).product(x), sums * scale)
-
-
-class Packing:
-    """In place of `PackedCodes`; `seconds` where `torch._int_mm` takes one, for a processor with AMX."""
-
-    seconds = 0.5
-
-    def __init__(self, w_OI: torch.Tensor, scale: torch.Tensor) -> None:
-        self.w_OI = w_OI
-
-    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
-        return product_by_float(x_NI, self.w_OI)
-
-
-class Missing(Packing):
-    def __init__(self, w_OI: torch.Tensor, scale: torch.Tensor) -> None:
-        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
-
-
-class Wrong(Packing):
-    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
-        return super().product(x_NI) + 1
-
-
-class SlowWhereSmall(Packing):
-    seconds = 4.0
-
-
-class Reference(Packing):
-    seconds = 300.0
-
-
-@pytest.mark.parametrize(
-    ("packing", "expected"),
-    [(Packing, True), (Missing, False), (Wrong, False), (SlowWhereSmall, True), (Reference, False)],
-)
-def test_codes_are_packed_where_that_is_right_and_fast(
-    packing: type[Packing], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: True)
-    monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
-    monkeypatch.setattr(torch_linear, "PackedCodes", packing)
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [1.0, packing.seconds])
-    assert packing_is_fast.__wrapped__() is expected
-
-
-def test_without_amx_packed_codes_are_not_even_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_linear, "has_amx_int8", lambda: False)
-    monkeypatch.setattr(torch_linear, "int_mm_is_fast_on_cpu", lambda: True)
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: pytest.fail("a trial of the reference kernel"))
-    assert not packing_is_fast.__wrapped__()
-
-
-def test_a_kernel_with_wrong_integers_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_linear, "best_seconds", lambda *products: [0.5, 1.0])
-    assert int_mm_is_fast_on_cpu.__wrapped__()
-    monkeypatch.setattr(torch_linear, "product_by_int_mm", lambda x, w: torch.zeros(len(x), len(w)))
-    assert not int_mm_is_fast_on_cpu.__wrapped__()
-
-
-@pytest.mark.parametrize(("trial_seconds", "rounds"), [(0.0, TRIAL_CALLS), (100.0, 66)])
-def test_kernels_are_timed_in_turn_by_one_thread(
-    trial_seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock that the kernels move on; the first call is interrupted."""
-    clock, calls, threads = [0.0], [], torch.get_num_threads()
-    monkeypatch.setattr(torch_linear, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(torch_linear, "TRIAL_SECONDS", trial_seconds)
-
-    def kernel(name: str, seconds: float) -> None:
-        clock[0] += seconds if calls else seconds + 1
-        calls.append((name, torch.get_num_threads()))
-
-    assert best_seconds(lambda: kernel("fast", 0.5), lambda: kernel("slow", 1.0)) == [0.5, 1.0]
-    assert calls == [("fast", 1), ("slow", 1)] * rounds
-    assert torch.get_num_threads() == threads
-
-
+@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("n_scales", [1, 48])
-@pytest.mark.parametrize("rows", [3, PACKED_ROWS])
-def test_exact_is_the_order_in_which_jax_rounds(rows: int, n_scales: int) -> None:
-    scale = np.random.default_rng(0).uniform(0.001, 0.01, (n_scales, 1)).astype(np.float32)
-    matrix = Int8Matrix(Int8Tensor(random_codes(48, 32).numpy(), scale), None, 8)
-    x, residual = torch.randn(rows, 32), torch.randn(rows, 48)
-    codes, token_scale = quantize_activations(x.clone())
-    expected = (codes.int() @ matrix.codes.int().T).float() * token_scale * matrix.scale
+def test_results_are_rounded_in_the_order_of_jax(activation_bits: int | None, with_bias: bool, n_scales: int) -> None:
+    generator = np.random.default_rng(0)
+    scale = generator.uniform(0.001, 0.01, (n_scales, 1)).astype(np.float32)
+    bias = generator.normal(size=48).astype(np.float32) if with_bias else None
+    matrix = Int8Matrix(Int8Tensor(random_codes(48, 32).numpy(), scale), bias, activation_bits)
+    x, residual = torch.randn(3, 32), torch.randn(3, 48)
+    if activation_bits is None:
+        expected = x @ matrix.codes.float().T * matrix.scale
+    else:
+        codes, token_scale = quantize_activations(x.clone())
+        expected = (codes.int() @ matrix.codes.int().T).float() * token_scale * matrix.scale
+    expected = expected if bias is None else expected + torch.from_numpy(bias)
     assert torch.equal(matrix.multiply(x.clone()), expected)
     before = residual.clone()
     assert torch.equal(matrix.multiply(x, residual), before + expected)
     assert torch.equal(residual, before + expected), "in place"
-    assert (matrix.packed is not None) is (rows >= PACKED_ROWS and packing_is_fast())
-
-
-def test_codes_that_change_are_packed_anew() -> None:
-    first, second = (
-        Int8Matrix(Int8Tensor(random_codes(48, 32, seed).numpy(), np.float32([[1]])), None, 8) for seed in (1, 2)
-    )
-    x = torch.randn(PACKED_ROWS, 32)
-    first.multiply(x.clone())
-    first.load_state_dict(second.state_dict())
-    assert torch.equal(first.multiply(x.clone()), second.multiply(x.clone()))
-    first.to("cpu")
-    assert first.packed is None
-
-
-@pytest.mark.parametrize("rows", [3, PACKED_ROWS])
-@pytest.mark.parametrize("activation_bits", [8, None])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("n_scales", [1, 48])
-def test_both_orders_of_the_scales_agree(
-    rows: int, activation_bits: int | None, with_bias: bool, n_scales: int
-) -> None:
-    generator = np.random.default_rng(0)
-    codes, scale = random_codes(48, 32).numpy(), generator.uniform(0.001, 0.01, (n_scales, 1)).astype(np.float32)
-    bias = generator.normal(size=48).astype(np.float32) if with_bias else None
-    x, residual = torch.randn(2, rows, 32), torch.randn(2, rows, 48)
-    exact, fast = (Int8Matrix(Int8Tensor(codes, scale), bias, activation_bits, exact=exact) for exact in (True, False))
-    expected = exact.multiply(x.clone())
-    torch.testing.assert_close(fast.multiply(x.clone()), expected, atol=1e-5, rtol=1e-6)
-    assert torch.equal(exact.multiply(x.clone(), residual.clone()), expected + residual)
-    before = residual.clone()
-    torch.testing.assert_close(fast.multiply(x.clone(), residual), expected + before, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(residual, expected + before, atol=1e-5, rtol=1e-6, msg="not in place")
 
 
 def test_a_row_looked_up_often_is_dequantized_as_if_once() -> None:
@@ -203,6 +79,17 @@ def test_the_aligned_operands_are_what_cuda_asks_for() -> None:
     x, w = _aligned(random_codes(1, 33), random_codes(11, 33))
     assert x.shape == (17, 40)
     assert w.shape == (16, 40)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_the_int8_kernel_is_taken_where_the_processor_has_the_instructions(
+    vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_linear, "has_vnni", lambda: vnni)
+    for name in ("product_by_int_mm", "product_by_float"):
+        monkeypatch.setattr(torch_linear, name, lambda x, w, name=name: name)
+    kernel = integer_product(random_codes(5, 33), random_codes(11, 33))
+    assert kernel == ("product_by_int_mm" if vnni else "product_by_float")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
