@@ -37,7 +37,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
-from picogpt_jax.formats.hf_tokenizer import padding
+from picogpt_jax.formats.hf_documents import padding
 from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
