@@ -100,7 +100,7 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         block_size: the longest text that the model takes; transformers warns of a longer one.
     """
     vocabulary.require_text()
-    is_tokenizer = isinstance(vocabulary, TokenizerVocabulary)
+    theirs = json.loads(vocabulary.definition) if isinstance(vocabulary, TokenizerVocabulary) else None
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -109,10 +109,7 @@ def tokenizer_files(vocabulary: Vocabulary, block_size: int) -> dict[str, Any]:
         "padding_side": "left",  # what is generated follows the text, not the padding
         "clean_up_tokenization_spaces": False,  # it would take away the space before a full stop
     }
-    return {
-        "tokenizer.json": json.loads(vocabulary.definition) if is_tokenizer else _of_characters(vocabulary),
-        "tokenizer_config.json": config,
-    }
+    return {"tokenizer.json": theirs or _of_characters(vocabulary), "tokenizer_config.json": config}
 
 
 def _of_characters(vocabulary: Vocabulary) -> dict[str, Any]:

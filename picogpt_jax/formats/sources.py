@@ -226,7 +226,7 @@ def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
     imported = meta.get(IMPORTED)
     vocabulary = vocabulary_from_json(meta["vocab"], f"the checkpoint of {path}")
     if isinstance(vocabulary, TokenIds) and has_tokenizer(path):
-        vocabulary = read_tokenizer(path, run.model.vocab_size)
+        vocabulary = read_tokenizer(path)
     return FloatModel(
         config=run.model,
         run=run,
@@ -260,7 +260,7 @@ def _load_foreign(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.P
         run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
     vocabulary = loaded.vocabulary
     if has_tokenizer(path):
-        vocabulary = read_tokenizer(path, loaded.model.vocab_size)
+        vocabulary = read_tokenizer(path)
     elif vocabulary is None and data_dir is not None:
         vocabulary = vocabulary_of_data(data_dir, loaded.model.vocab_size, token_ids=False)
     if vocabulary is None:

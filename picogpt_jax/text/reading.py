@@ -63,7 +63,7 @@ def vocabulary_of_data(data_dir: str | os.PathLike[str], size: int | None = None
     if (data_dir / "meta.pkl").exists():
         return _from_pickle(data_dir / "meta.pkl", token_ids)
     if has_tokenizer(data_dir):
-        return read_tokenizer(data_dir, size)
+        return read_tokenizer(data_dir)
     only_tokens = token_ids and (data_dir / "train.bin").is_file()
     if only_tokens and size is not None:
         return TokenIds.of_size(size, f"{data_dir} with model.vocab_size={size}")

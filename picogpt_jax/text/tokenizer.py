@@ -37,7 +37,7 @@ class TokenizerVocabulary(Vocabulary):
         definition: the contents of tokenizer.json.
 
     Raises:
-        UserError: `from_json` and `from_definition`: it is no byte-level BPE, or does not fit into its size.
+        UserError: `from_json` and `from_definition`: it is no byte-level BPE.
     """
 
     definition: str
@@ -79,17 +79,14 @@ class TokenizerVocabulary(Vocabulary):
     def from_json(cls, value: Any, source: str) -> Self:
         if not isinstance(value, dict) or value.get("type") != "tokenizer" or type(value.get("vocab_size")) is not int:
             raise UserError(f'{source} is no tokenizer; expected {{"type": "tokenizer", "vocab_size": ..., ...}}')
-        return cls.from_definition(value.get("tokenizer"), value["vocab_size"], source)
+        vocabulary, size = cls.from_definition(value.get("tokenizer"), source), value["vocab_size"]
+        if size < vocabulary.size:  # older files count the rows of the model's table, which may be more
+            raise UserError(f"{source} has vocab_size {size}, but a token of the id {vocabulary.size - 1}")
+        return vocabulary
 
     @classmethod
-    def from_definition(cls, definition: Any, size: int | None, source: str) -> Self:
-        """Builds the vocabulary of a byte-level BPE.
-
-        Args:
-            definition: the contents of tokenizer.json.
-            size: of the model's table: at least the tokenizer's, which is what None stands for.
-            source: for the error message.
-        """
+    def from_definition(cls, definition: Any, source: str) -> Self:
+        """Builds the vocabulary of a byte-level BPE from the contents of a tokenizer.json; `source` is for messages."""
         model = _section(definition, "model", source)
         for name, expected in (("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel"), ("model", "BPE")):
             found = _section(definition, name, source).get("type")
@@ -107,8 +104,7 @@ class TokenizerVocabulary(Vocabulary):
         if not is_list or not all(isinstance(token.get("content"), str) for token in added):
             raise UserError(f"{source}: added_tokens is not a list of tokens")
         ids |= {token["content"]: token.get("id") for token in added}
-        itos = _table(ids, size, source)[: max(ids.values()) + 1]
-        vocabulary = cls(itos, json.dumps(definition, sort_keys=True))
+        vocabulary = cls(_table(ids, source), json.dumps(definition, sort_keys=True))
         if vocabulary._tokenizer.get_vocab_size() != len(ids):
             raise UserError(f"{source}: it lists {len(ids)} tokens and has another number; save it again")
         return vocabulary
@@ -120,14 +116,11 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     return older or (Path(folder) / TOKENIZER_FILE).is_file()
 
 
-def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabulary:
+def read_tokenizer(folder: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary of a folder's `tokenizer.json`, or of its vocab.json and merges.txt.
 
-    Args:
-        size: of the model's table of tokens; None: as large as the tokenizer needs.
-
     Raises:
-        UserError: the file is missing, damaged, of another kind, or does not fit into `size`.
+        UserError: the file is missing, damaged or of another kind.
     """
     path = Path(folder) / TOKENIZER_FILE
     older = has_tokenizer(folder) and not path.is_file()
@@ -137,10 +130,10 @@ def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabula
     plain = not (definition.get("pre_tokenizer") or definition.get("normalizer")) and isinstance(added, list)
     plain = plain and all(isinstance(token, dict) and token.get("special") for token in added)  # they pad a batch
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
-        vocab = _vocab(model, source)
+        table = _table(_vocab(model, source), source)
         with errors_in(source):
-            return Vocabulary(_table(vocab, len(vocab), source))
-    return TokenizerVocabulary.from_definition(definition, size, source)
+            return Vocabulary(table)
+    return TokenizerVocabulary.from_definition(definition, source)
 
 
 def _of_older_files(folder: str | os.PathLike[str]) -> Any:
@@ -187,18 +180,14 @@ def _vocab(model: dict[str, Any], source: str) -> dict[str, Any]:
     return vocab
 
 
-def _table(ids: dict[Any, Any], size: int | None, source: str) -> tuple[str, ...]:
-    """Token id -> token; every id distinct and below `size`."""
-    size = len(ids) if size is None else size
-    if not 1 <= len(ids) <= size <= MAX_SIZE:
-        raise UserError(
-            f"{source} has {len(ids)} tokens, the model {size}; expected no more than these, nor {MAX_SIZE}"
-        )
-    table = [""] * size
+def _table(ids: dict[Any, Any], source: str) -> tuple[str, ...]:
+    """Token id -> token, or "" where there is none; every id distinct."""
+    table: dict[int, str] = {}
     for token, index in ids.items():
-        if not isinstance(token, str) or type(index) is not int or not 0 <= index < size or table[index]:
-            raise UserError(
-                f"{source}: token {ascii(token)[:80]} has the id {index!r}; expected distinct ids below {size}"
-            )
+        if not isinstance(token, str) or type(index) is not int or not 0 <= index < MAX_SIZE or index in table:
+            found = f"token {ascii(token)[:80]} has the id {index!r}"
+            raise UserError(f"{source}: {found}; expected distinct ids below {MAX_SIZE}")
         table[index] = token
-    return tuple(table)
+    if not table:
+        raise UserError(f"{source} has no tokens; save it again")
+    return tuple(table.get(index, "") for index in range(max(table) + 1))

@@ -150,7 +150,7 @@ def test_what_pads_is_never_drawn(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_has_a_special_token_pads_with_it_and_no_row_is_added(tmp_path: Path) -> None:
-    model, vocabulary = random_model(), TokenizerVocabulary.from_definition(DEFINITION, 280, "it")
+    model, vocabulary = random_model(), TokenizerVocabulary.from_definition(DEFINITION, "it")
     config = dataclasses.replace(model.model, vocab_size=280)
     table = {"transformer.wte.weight": np.ones((280, 32), np.float32)}
     save_huggingface(config, dequantized(model) | table, vocabulary, tmp_path / "hf")
