@@ -37,9 +37,9 @@ def import_extra(name: str) -> Any:
 class Client:
     """One HTTP session, used as a context manager.
 
-    A request that finds no connection, times out or gets a passing error status is repeated up to `retries` times,
-    after a wait that doubles from `backoff_seconds` or that the server's Retry-After asks for; so is one whose body
-    breaks off.
+    A request that finds no connection, times out (also between two pieces of the body) or gets a passing error status
+    is repeated up to `retries` times, after a wait that doubles from `backoff_seconds` or that the server's Retry-After
+    asks for; so is one whose body breaks off.
     """
 
     def __init__(self, timeout_seconds: float = 30.0, retries: int = 4, backoff_seconds: float = 1.0) -> None:
@@ -116,12 +116,9 @@ def download(
     url: str,
     path: str | os.PathLike[str],
     sha256: str | None = None,
-    timeout_seconds: float = 30.0,
-    retries: int = 4,
     progress: bool = True,
-    *,
-    backoff_seconds: float = 1.0,
     max_bytes: int = MAX_BYTES,
+    **patience: Any,
 ) -> None:
     """Downloads `url` to `path`: whole and checked, or not at all. A file that has the checksum already is kept.
 
@@ -129,11 +126,9 @@ def download(
         url: http or https.
         path: the file to write.
         sha256: the checksum that the body must have, in hexadecimal.
-        timeout_seconds: for a connection, and between two pieces of the body.
-        retries: how often a request that fails for a passing reason is repeated.
         progress: show a progress bar, on a terminal.
-        backoff_seconds: the first wait before a retry; it doubles with each one.
         max_bytes: a larger body is refused.
+        patience: see `Client`.
 
     Raises:
         UserError: the download failed or has another checksum, `path` cannot be written, or `requests` is missing.
@@ -144,7 +139,7 @@ def download(
     way_out = "try again later, or name a copy of your own with --input_file=TEXT"
     with atomic_path(path) as temporary:
         try:
-            with Client(timeout_seconds, retries, backoff_seconds) as client, temporary.open("wb") as sink:
+            with Client(**patience) as client, temporary.open("wb") as sink:
                 client.fetch(url, sink, max_bytes, progress)
         except FetchError as error:
             raise UserError(f"cannot download {url}: {error}; {way_out}") from None

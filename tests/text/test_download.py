@@ -89,7 +89,8 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def fetch(site: Site, path: Path, sha256: str | None = None, retries: int = 2, max_bytes: int = 1 << 20) -> None:
-    download.download(site.url + "text", path, sha256, 10.0, retries, False, backoff_seconds=0.0, max_bytes=max_bytes)
+    patience = {"timeout_seconds": 10.0, "retries": retries, "backoff_seconds": 0.0}
+    download.download(site.url + "text", path, sha256, progress=False, max_bytes=max_bytes, **patience)
 
 
 @pytest.mark.parametrize("content_length", [None, -1])
@@ -160,7 +161,8 @@ def test_an_error_status_is_the_reason(site: Site, tmp_path: Path, status: int, 
 def test_a_server_that_does_not_answer_is_given_up(site: Site, tmp_path: Path) -> None:
     site.answers["/text"] = [Answer(hangs=True)]
     with pytest.raises(UserError, match=r"cannot download .*: .*[Tt]imed out.*--input_file=TEXT"):
-        download.download(site.url + "text", tmp_path / "a.txt", None, 0.1, 1, False, backoff_seconds=0.0)
+        patience = {"timeout_seconds": 0.1, "retries": 1, "backoff_seconds": 0.0}
+        download.download(site.url + "text", tmp_path / "a.txt", progress=False, **patience)
     assert site.requested == ["/text"] * 2
 
 
