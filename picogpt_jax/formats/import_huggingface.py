@@ -5,7 +5,6 @@ head) is refused with the reason. No tensor is read before the headers agree wit
 """
 
 import dataclasses
-import functools
 import os
 import shlex
 from collections.abc import Mapping
@@ -115,13 +114,13 @@ def _check_heads(folder: Path, found: Mapping[str, Stored]) -> None:
 
 def _stored(folder: Path) -> list[dict[str, Stored]]:
     """What each file of the folder stores."""
-    for name, read in ((TENSORS_FILE, functools.partial(stored_in_safetensors, dtypes=READ_AS)), (TORCH_FILE, _torch)):
-        index, files = f"{name}.index.json", []
+    for name in (TENSORS_FILE, TORCH_FILE):
+        files = []
         for path, names in _shards(folder, name).items():
             with errors_in(path):
-                files.append(read(path))
+                files.append(stored_in_safetensors(path, READ_AS) if name == TENSORS_FILE else _torch(path))
                 if names and not all(map(is_buffer, names ^ set(files[-1]))):
-                    raise UserError(f"it does not hold exactly the tensors of {index}; download it again")
+                    raise UserError(f"it does not hold exactly the tensors of {name}.index.json; download it again")
         if files:
             return files
     raise UserError(f"{folder} has neither {TENSORS_FILE} nor {TORCH_FILE}, nor an index of several; download one")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
+    from picogpt_jax.training.trainer import Trainer
 
 Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
 ONNX_FILE = "model.onnx"
@@ -206,20 +207,22 @@ def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
     return model, vocabulary
 
 
-def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
+def one_device_trainer(run: Config) -> "Trainer":
+    """The trainer of a run whatever devices it was made for: on the first one, without the kernels of others."""
     import jax
 
-    from picogpt_jax.model import layers
-    from picogpt_jax.training.checkpoint import IMPORTED, restore_best
     from picogpt_jax.training.trainer import Trainer
 
-    def abstract_state(meta: dict[str, Any]) -> Any:
-        run = Config.from_dict(meta["config"])
-        mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
-        plain = dataclasses.replace(run.train, attention="plain")  # the run's kernel may be of another device
-        return Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1]).abstract_state
+    mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
+    plain = dataclasses.replace(run.train, attention="plain")
+    return Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1])
 
-    restored = restore_best(path, abstract_state)
+
+def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
+    from picogpt_jax.model import layers
+    from picogpt_jax.training.checkpoint import IMPORTED, restore_best
+
+    restored = restore_best(path, lambda meta: one_device_trainer(Config.from_dict(meta["config"])).abstract_state)
     if restored is None:
         raise UserError(f"{path} holds no finished checkpoint yet; train until the first evaluation")
     step, meta, run = restored.step, restored.meta, Config.from_dict(restored.meta["config"])

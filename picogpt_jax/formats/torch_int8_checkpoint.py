@@ -9,8 +9,7 @@
 picoGPT dequantizes and computes in float, so its logits are close to ours, not equal. It loads a scalar scale only: for
 it, make a per_channel model per_tensor first (`requantize_per_tensor`).
 
-The files that picoGPT writes itself lack `picogpt_jax`, and their embeddings were never int8: they are no int8 model of
-ours, but they give float parameters.
+The files that picoGPT writes itself lack `picogpt_jax`, and have float embeddings: they give float parameters.
 """
 
 import json

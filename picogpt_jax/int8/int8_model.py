@@ -1,9 +1,5 @@
 """Reads, writes and checks the portable int8 model, a folder; README.md beside this file specifies it (version 1).
 
-    model.safetensors   int8 matrices [out, in], a float32 `<name>_scale` beside each, float32 vectors; nanoGPT's names
-    config.json         the architecture, how it is quantized, how it was trained
-    vocab.json          the vocabulary
-
 A value is code * scale, with codes in [-127, 127] and one scale per row ([rows, 1]) or per matrix ([1, 1]). The head is
 `transformer.wte` again and is not stored. Nothing here needs more than numpy and safetensors.
 """
@@ -38,7 +34,6 @@ FORMAT_VERSION = 1
 TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocab.json"
 MAX_CODE = 127
 EMBEDDINGS = ("transformer.wte", "transformer.wpe")
-
 
 # A matrix whose largest value is below this is one of zeros: 1 / scale would overflow float32.
 SMALLEST_ABSMAX = np.float32(2.0**-119)
@@ -133,16 +128,6 @@ class Int8Model:
             named[f"{name}.weight_scale"] = matrix.scale
         return named
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, np.ndarray], model: ModelConfig, **fields: Any) -> "Int8Model":
-        """The inverse of `tensors`; `fields` are the attributes that hold no tensor."""
-        matrices = {
-            name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
-            for name in model.matrix_shapes()
-        }
-        vectors = {name: tensors[name] for name in model.vector_shapes()}
-        return cls(model=model, matrices=matrices, vectors=vectors, **fields)
-
 
 def check_json(name: str, value: Any) -> None:
     """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
@@ -185,8 +170,16 @@ def load_int8_model(folder: str | os.PathLike[str]) -> Int8Model:
         check_depth(model, found)
         tensors = read_as(int8_layout(model, quantization.weight_granularity), found)
     with errors_in(folder):
-        return Int8Model.from_tensors(
-            tensors, model, quantization=quantization, training=training, vocabulary=vocabulary
+        return Int8Model(
+            model=model,
+            quantization=quantization,
+            training=training,
+            vocabulary=vocabulary,
+            matrices={
+                name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
+                for name in model.matrix_shapes()
+            },
+            vectors={name: tensors[name] for name in model.vector_shapes()},
         )
 
 

@@ -66,7 +66,6 @@ def fetch_essays(
     base_url: str = BASE_URL,
     delay_seconds: float = 1.0,
     max_essays: int | None = None,
-    progress: bool = True,
     **patience: Any,
 ) -> Essays:
     """Fetches the essays that are not in `cache_dir` yet, one after the other, and extracts the text of all.
@@ -76,7 +75,6 @@ def fetch_essays(
         base_url: the folder that holds articles.html and the essays; pages of other hosts are left out.
         delay_seconds: the pause between two requests.
         max_essays: only the first so many of the index.
-        progress: show a progress bar, on a terminal.
         patience: see `picogpt_jax.text.download.Client`.
 
     Raises:
@@ -92,7 +90,7 @@ def fetch_essays(
             raise UserError(f"cannot get the list of essays from {index_url}: {error}; {_WAY_OUT}") from None
         texts: dict[str, str] = {}
         failures: dict[str, str] = {}
-        for url in tqdm(urls, unit="essay", disable=None if progress else True):
+        for url in tqdm(urls, unit="essay", disable=None):
             try:
                 texts[url] = pages.read(url, page_text)
             except FetchError as error:

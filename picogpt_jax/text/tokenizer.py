@@ -98,12 +98,8 @@ class TokenizerVocabulary(Vocabulary):
             if value := section.get(name):
                 found, neutral = json.dumps(value)[:60], "false" if value is True else "null"
                 raise UserError(f"{source}: {name} is {found}: no text comes back as it was; set it to {neutral} there")
-        ids = dict(_vocab(model, source))
-        added = definition.get("added_tokens") or []
-        is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
-        if not is_list or not all(isinstance(token.get("content"), str) for token in added):
-            raise UserError(f"{source}: added_tokens is not a list of tokens")
-        ids |= {token["content"]: token.get("id") for token in added}
+        ids = dict(_section(model, "vocab", source))
+        ids |= {token["content"]: token.get("id") for token in _added_tokens(definition, source)}
         vocabulary = cls(_table(ids, source), json.dumps(definition, sort_keys=True))
         if vocabulary._tokenizer.get_vocab_size() != len(ids):
             raise UserError(f"{source}: it lists {len(ids)} tokens and has another number; save it again")
@@ -126,11 +122,10 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Vocabulary:
     older = has_tokenizer(folder) and not path.is_file()
     definition, source = (_of_older_files(folder), str(folder)) if older else (read_json(path), str(path))
     model = _section(definition, "model", source)
-    added = definition.get("added_tokens") or []
-    plain = not (definition.get("pre_tokenizer") or definition.get("normalizer")) and isinstance(added, list)
-    plain = plain and all(isinstance(token, dict) and token.get("special") for token in added)  # they pad a batch
+    only_padding = all(token.get("special") for token in _added_tokens(definition, source))
+    plain = only_padding and not (definition.get("pre_tokenizer") or definition.get("normalizer"))
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
-        table = _table(_vocab(model, source), source)
+        table = _table(_section(model, "vocab", source), source)
         with errors_in(source):
             return Vocabulary(table)
     return TokenizerVocabulary.from_definition(definition, source)
@@ -173,11 +168,12 @@ def _section(definition: Any, name: str, source: str) -> dict[str, Any]:
     return section
 
 
-def _vocab(model: dict[str, Any], source: str) -> dict[str, Any]:
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict):
-        raise UserError(f"{source}: model.vocab is {type(vocab).__name__}; expected a dict")
-    return vocab
+def _added_tokens(definition: Any, source: str) -> list[dict[str, Any]]:
+    added = definition.get("added_tokens") or []
+    is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
+    if not is_list or not all(isinstance(token.get("content"), str) for token in added):
+        raise UserError(f"{source}: added_tokens is not a list of tokens")
+    return added
 
 
 def _table(ids: dict[Any, Any], source: str) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def with_model(**changes: Any) -> dict[str, Any]:
         (with_model(dropout=0.1), r"dropout is 0.1: no text comes back as it was; set it to null"),
         (with_model(end_of_word_suffix="</w>"), "end_of_word_suffix is .*; set it to null"),
         (changed(pre_tokenizer=PREFIX_SPACE), "add_prefix_space is true: .*; set it to false"),
-        (with_model(vocab=[]), "model.vocab is list; expected a dict"),
+        (with_model(vocab=[]), "is no tokenizer.json: vocab is list; expected a dict"),
         (with_model(vocab={"a": 0, "b": 0}), "token 'b' has the id 0; expected distinct ids below 65536"),
         (with_model(vocab={"a": 65536}), "token 'a' has the id 65536; expected distinct"),
         (with_model(vocab={"a": -1}), "token 'a' has the id -1"),
