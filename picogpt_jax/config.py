@@ -6,7 +6,6 @@ imports neither JAX nor AQT, so that the exporters and their runtimes stay light
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from picogpt_jax.errors import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+Bits = Literal[8, None]  # None: float
 Granularity = Literal["per_channel", "per_tensor"]
 AttentionForm = Literal["auto", "plain", "cudnn", "splash"]
 Remat = Literal["none", "block", "dots"]
@@ -37,18 +37,17 @@ class _Section:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             kind, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
             key, value = f"{where}.{name}", getattr(self, name)
-            allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            choices = typing.get_args(kind)  # of a Literal
             if kind is float and type(value) is int:
                 _check(abs(value) < 1 << 1000, f"{key}={str(value)[:20]}... is too large for a float")
                 object.__setattr__(self, name, float(value))
-            elif typing.get_origin(kind) is Literal:
-                choices = typing.get_args(kind)
-                _check(value in choices, f"{key}={value!r} is not one of {', '.join(map(repr, choices))}")
-            elif types.NoneType in allowed and value == "none":  # as the scripts' own flags spell it
+            elif None in choices and value == "none":  # as the scripts' own flags spell it
                 object.__setattr__(self, name, None)
+            elif choices:
+                is_one = any(type(value) is type(choice) and value == choice for choice in choices)
+                _check(is_one, f"{key}={value!r} is not one of {', '.join(map(repr, choices))}")
             else:
-                expected = " or ".join(kind.__name__ for kind in allowed)
-                _check(type(value) in allowed, f"{key}={value!r} is a {type(value).__name__}; expected {expected}")
+                _check(type(value) is kind, f"{key}={value!r} is a {type(value).__name__}; expected {kind.__name__}")
             for low, high in bounds:
                 _check(low <= value <= high, f"{key}={value} is not between {low} and {high}")
 
@@ -135,15 +134,12 @@ class QuantConfig(_Section):
 
     mode: Literal["int8", "none"]
     weight_granularity: Granularity
-    activation_bits: int | None
-    backward_bits: int | None
+    activation_bits: Bits
+    backward_bits: Bits
     start_step: Step
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("activation_bits", "backward_bits"):
-            value = getattr(self, name)
-            _check(value in (8, None), f"quant.{name}={value} is not supported; use 8 or None")
         _check(
             self.backward_bits is None or self.activation_bits == 8,
             "quant.backward_bits=8 needs quant.activation_bits=8; set both, or quant.backward_bits=None",

@@ -2,11 +2,8 @@
 
 A tokenizer that came from there goes back unchanged. Characters become a byte-pair model without merges: each is a
 word of its own, with our id. Nothing is normalised, split, added or stripped, so `decode(encode(text)) == text`. A
-character outside the vocabulary raises (`Unk token ... not found in the vocabulary`): no id could stand for it, and
-without an unknown token it would vanish silently. The library's message holds the unknown token's name alone, so that
-name says which characters there are.
-
-The shorter texts of a batch are padded on the left, by a token that no text holds: see `padding`.
+character outside the vocabulary raises (`Unk token ... not found in the vocabulary`): without an unknown token it would
+vanish silently. The library's message holds that token's name alone, so the name says which characters there are.
 """
 
 import json

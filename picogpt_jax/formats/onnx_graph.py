@@ -9,9 +9,8 @@ last layer the other ones (ONNX Runtime would warn of an optional input at every
 batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
 
 Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
-the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
-again, and its sum is exact. Unsigned activations times signed weights [in, out] are ONNX Runtime's fast kernel. The
-head is a Transpose of the token embedding, which ONNX Runtime computes once, when it loads the model.
+the unsigned byte Round(x * (1 / scale)) + 128; MatMulInteger takes the 128 off again, and its sum is exact. Unsigned
+activations times signed weights [in, out] are ONNX Runtime's fast kernel.
 
 The float steps round where JAX does (`picogpt_jax.model.rounding`): LayerNorm, attention and the tanh form of GELU are
 computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With `exact=False` all
@@ -144,7 +143,7 @@ class GraphBuilder:
     ) -> str:
         """The operand times a part of the outputs of the matrix `name`, which gets a label, plus its bias."""
         matrix, bias = self.model.matrices[name], self.model.vectors.get(f"{name}.bias")
-        if name == "transformer.wte":  # stored for the lookup
+        if name == "transformer.wte":  # stored for the lookup; ONNX Runtime turns it once, when it loads the model
             weight = self.add("Transpose", f"{name}.weight", perm=[1, 0])
         else:
             values = matrix.dequantize() if self.is_float else matrix.codes

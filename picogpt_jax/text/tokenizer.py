@@ -2,9 +2,7 @@
 
 Two kinds are read. GPT-2's byte-level BPE is encoded by the library `tokenizers`. Byte pairs without merges are how a
 character vocabulary is exported: they become a character vocabulary again, and need no library.
-
-A BPE vocabulary is stored where the others are, in `vocab.json`, in checkpoints and in `meta.json`, as
-`{"type": "tokenizer", "vocab_size": 50257, "tokenizer": <the contents of tokenizer.json>}`.
+In vocab.json and meta.json a BPE is `{"type": "tokenizer", "vocab_size": 50257, "tokenizer": <tokenizer.json>}`.
 """
 
 import dataclasses
