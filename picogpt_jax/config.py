@@ -6,14 +6,14 @@ imports neither JAX nor AQT, so that the exporters and their runtimes stay light
 
 import dataclasses
 import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from picogpt_jax.errors import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+Bits = Literal[8, None]  # None: float
 Granularity = Literal["per_channel", "per_tensor"]
 AttentionForm = Literal["auto", "plain", "cudnn", "splash"]
 Remat = Literal["none", "block", "dots"]
@@ -24,25 +24,51 @@ def _check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+Size = Annotated[int, (1, 1 << 20)]  # an integer between these, both included
+Count = Annotated[int, (1, 1 << 31)]
+Step = Annotated[int, (0, 1 << 40)]
+
+
+class _Section:
+    """Checks every value against its annotation, and makes an int a float where one is meant."""
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__.removesuffix("Config").lower()
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            kind, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+            key, value = f"{where}.{name}", getattr(self, name)
+            choices = typing.get_args(kind)  # of a Literal
+            if kind is float and type(value) is int:
+                _check(abs(value) < 1 << 1000, f"{key}={str(value)[:20]}... is too large for a float")
+                object.__setattr__(self, name, float(value))
+            elif None in choices and value == "none":  # as the scripts' own flags spell it
+                object.__setattr__(self, name, None)
+            elif choices:
+                is_one = any(type(value) is type(choice) and value == choice for choice in choices)
+                _check(is_one, f"{key}={value!r} is not one of {', '.join(map(repr, choices))}")
+            else:
+                _check(type(value) is kind, f"{key}={value!r} is a {type(value).__name__}; expected {kind.__name__}")
+            for low, high in bounds:
+                _check(low <= value <= high, f"{key}={value} is not between {low} and {high}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The architecture: a GPT-2/nanoGPT pre-LayerNorm decoder."""
 
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int
-    mlp_ratio: int
+    n_layer: Size
+    n_head: Size
+    n_embd: Size
+    block_size: Size
+    vocab_size: Size
+    mlp_ratio: Size
     bias: bool
     activation: Activation
     layer_norm_epsilon: float
     dropout: float
 
     def __post_init__(self) -> None:
-        _check_types(self, "model")
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp_ratio"):
-            _check_range(self, "model", name, 1, 1 << 20)
+        super().__post_init__()
         _check(
             self.n_embd % self.n_head == 0,
             f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}; change one of them",
@@ -103,21 +129,17 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantConfig:
+class QuantConfig(_Section):
     """Quantization-aware training (`picogpt_jax.model.quantization`)."""
 
     mode: Literal["int8", "none"]
     weight_granularity: Granularity
-    activation_bits: int | None
-    backward_bits: int | None
-    start_step: int
+    activation_bits: Bits
+    backward_bits: Bits
+    start_step: Step
 
     def __post_init__(self) -> None:
-        _check_types(self, "quant")
-        for name in ("activation_bits", "backward_bits"):
-            value = getattr(self, name)
-            _check(value in (8, None), f"quant.{name}={value} is not supported; use 8 or None")
-        _check_range(self, "quant", "start_step", 0, 1 << 40)
+        super().__post_init__()
         _check(
             self.backward_bits is None or self.activation_bits == 8,
             "quant.backward_bits=8 needs quant.activation_bits=8; set both, or quant.backward_bits=None",
@@ -125,22 +147,19 @@ class QuantConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Section):
     dir: str
-
-    def __post_init__(self) -> None:
-        _check_types(self, "data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    seed: int
-    batch_size: int
-    max_iters: int
-    gradient_accumulation_steps: int
-    eval_interval: int
-    eval_iters: int
-    log_interval: int
+class TrainConfig(_Section):
+    seed: Annotated[int, (0, 2**32 - 1)]
+    batch_size: Count
+    max_iters: Step
+    gradient_accumulation_steps: Count
+    eval_interval: Count
+    eval_iters: Count
+    log_interval: Count
     dtype: Literal["float32", "bfloat16", "float16", "auto"]
     # With defaults: runs and files that were written before there were these keys were made like this.
     scan_layers: bool = False
@@ -149,11 +168,7 @@ class TrainConfig:
     backward_dtype: Literal["same", "bfloat16", "auto"] = "same"
 
     def __post_init__(self) -> None:
-        _check_types(self, "train")
-        _check_range(self, "train", "seed", 0, 2**32 - 1)
-        _check_range(self, "train", "max_iters", 0, 1 << 40)
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
-            _check_range(self, "train", name, 1, 1 << 31)
+        super().__post_init__()
         _check(
             self.batch_size % self.gradient_accumulation_steps == 0,
             f"train.batch_size={self.batch_size} is not a multiple of "
@@ -162,26 +177,24 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     learning_rate: float
     min_lr: float
-    warmup_iters: int
-    lr_decay_iters: int
+    warmup_iters: Step
+    lr_decay_iters: Annotated[int, (1, 1 << 40)]
     weight_decay: float
     beta1: float
     beta2: float
     grad_clip: float
 
     def __post_init__(self) -> None:
-        _check_types(self, "optimizer")
+        super().__post_init__()
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0.0, f"optimizer.{name}={value} is not a finite number >= 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0.0 <= value < 1.0, f"optimizer.{name}={value} is not in [0, 1)")
-        _check_range(self, "optimizer", "warmup_iters", 0, 1 << 40)
-        _check_range(self, "optimizer", "lr_decay_iters", 1, 1 << 40)
         _check(
             self.min_lr <= self.learning_rate,
             f"optimizer.min_lr={self.min_lr} is above optimizer.learning_rate={self.learning_rate}",
@@ -193,13 +206,13 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(_Section):
     data: int
     fsdp: int
     tensor: int
 
     def __post_init__(self) -> None:
-        _check_types(self, "mesh")
+        super().__post_init__()
         sizes = (self.data, self.fsdp, self.tensor)
         _check(
             all(size >= 1 or size == -1 for size in sizes), f"mesh sizes {sizes} must be positive, or -1 to infer one"
@@ -208,22 +221,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    keep: int
-
-    def __post_init__(self) -> None:
-        _check_types(self, "checkpoint")
-        _check_range(self, "checkpoint", "keep", 1, 1 << 20)
+class CheckpointConfig(_Section):
+    keep: Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(_Section):
     tensorboard: bool
     wandb: bool
     wandb_project: str
-
-    def __post_init__(self) -> None:
-        _check_types(self, "log")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +256,7 @@ class Config:
             UserError: a section or key is missing or unknown, or a value has the wrong type or range.
         """
         known = {field.name: field.type for field in dataclasses.fields(cls)}
-        _check_names("config", sections, known)
+        check_names("config", sections, known)
         built = {name: section_from_dict(known[name], name, sections[name]) for name in known}
         return cls(**built)
 
@@ -260,44 +266,16 @@ class Config:
 
 def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any:
     """Builds one section's dataclass from a mapping; unknown and missing keys are a `UserError` that names them."""
-    _check(isinstance(values, Mapping), f"{name} must be a mapping of keys to values, found {type(values).__name__}")
     fields = dataclasses.fields(section)
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
-    _check_names(name, values, [field.name for field in fields], optional)
+    check_names(name, values, [field.name for field in fields], optional)
     return section(**values)
 
 
-def _check_names(where: str, found: Mapping[str, Any], expected: Any, optional: Sequence[str] = ()) -> None:
+def check_names(where: str, found: Any, expected: Collection[str], optional: Collection[str] = ()) -> None:
+    """Raises a UserError if `found` is no mapping, has a key that is not `expected`, or lacks one that is needed."""
+    _check(isinstance(found, Mapping), f"{where} must be a mapping of keys to values, found {type(found).__name__}")
     unknown = sorted(set(found) - set(expected))
     missing = sorted(set(expected) - set(found) - set(optional))
     _check(not unknown, f"{where} has unknown keys {unknown}; it knows {sorted(expected)}")
     _check(not missing, f"{where} lacks the keys {missing}")
-
-
-def _check_range(section: Any, where: str, name: str, low: int, high: int) -> None:
-    value = getattr(section, name)
-    _check(low <= value <= high, f"{where}.{name}={value} is not between {low} and {high}")
-
-
-def _check_types(section: Any, where: str) -> None:
-    """Checks every field against its annotation; an int where a float is meant becomes a float."""
-    hints = typing.get_type_hints(type(section))
-    for name, hint in hints.items():
-        value = getattr(section, name)
-        if hint is float and type(value) is int:
-            _check(abs(value) < 1 << 1000, f"{where}.{name}={str(value)[:20]}... is too large for a float")
-            object.__setattr__(section, name, float(value))
-            continue
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            _check(value in choices, f"{where}.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-            continue
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if types.NoneType in allowed and value == "none":  # as the scripts' own flags spell it
-            object.__setattr__(section, name, None)
-            continue
-        _check(
-            type(value) in allowed,
-            f"{where}.{name}={value!r} is a {type(value).__name__}; expected "
-            + " or ".join(kind.__name__ for kind in allowed),
-        )

@@ -105,13 +105,14 @@ def to_torch_int8() -> None:
     from picogpt_jax.int8.int8_model import requantize_per_tensor
 
     model = sources.load_int8(INPUT.value)
-    save_int8_checkpoint(model, OUTPUT.value, requantize=REQUANTIZE.value)
+    written = requantize_per_tensor(model) if REQUANTIZE.value else model
+    save_int8_checkpoint(written, OUTPUT.value)
     print(f"wrote {OUTPUT.value}: picoGPT's int8 checkpoint")
     if REQUANTIZE.value:
         if DATA.value is None:
             print("one scale per matrix costs some loss; --data=DIR measures how much")
             return
-        before, after = (loss(candidate) for candidate in (model, requantize_per_tensor(model)))
+        before, after = (loss(candidate) for candidate in (model, written))
         granularity = model.quantization.weight_granularity
         print(f"loss {granularity} {before:.6f}, per_tensor {after:.6f} nats: {after - before:+.6f}")
 

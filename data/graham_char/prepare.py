@@ -22,7 +22,9 @@ def main() -> None:
         "graham_char",
         OUT_DIR.value,
         INPUT_FILE.value,
-        lambda: essays.graham_text(Path(OUT_DIR.value) / "essays", DELAY_SECONDS.value, MAX_ESSAYS.value),
+        lambda: essays.join_essays(
+            essays.fetch_essays(Path(OUT_DIR.value) / "essays", essays.BASE_URL, DELAY_SECONDS.value, MAX_ESSAYS.value)
+        ),
         essays.BASE_URL,
     )
 

@@ -4,15 +4,9 @@ A Q8_0 block is 32 codes of a row and their scale in float16. Our codes are stor
 has the row's scale (per_tensor: the matrix's). LayerNorms and biases are float32. llama.cpp asks for every bias, so
 those that the model does not have are zeros. The tied head is `token_embd.weight` and not stored twice.
 
-What differs from the other runtimes, because the format or llama.cpp has it so:
-
-- scales are rounded to float16, which moves each by at most 2**-11 of its value, and tiny ones, of which float16 has
-  fewer bits, by at most 2**-8, half a step of the largest code; a matrix whose scales it cannot hold is float32;
-- activations are quantized in blocks of 32 with a float16 scale each, not with one scale per token, whatever
-  `activation_bits` says;
-- GELU is the tanh form, on CPUs from a table in float16;
-- keys and values are kept in float16, unless llama.cpp is told otherwise;
-- llama.cpp refuses a text with a character that is not in the vocabulary.
+Scales are rounded to float16, which moves each by at most 2**-11 of its value, and tiny ones, of which float16 has
+fewer bits, by at most 2**-8, half a step of the largest code; a matrix whose scales it cannot hold is float32.
+README.md says what else differs from the other runtimes, because llama.cpp has it so.
 
 No token ends a text, as in every other runtime. With GPT-2's own kind of tokenizer llama.cpp would take some for it: id
 11 where a file names none, and an id that is no token counts as none. Nor can a row of the table be one that is never

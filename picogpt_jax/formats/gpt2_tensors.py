@@ -109,11 +109,16 @@ def sizes_of(found: Mapping[str, Stored]) -> dict[str, Any]:
     }
 
 
+def linear_weights(model: ModelConfig) -> set[str]:
+    """The matrices of linear layers, which transformers' `Conv1D` stores as [in, out]."""
+    return {f"{name}.weight" for name in model.matrix_shapes() if LAYER.match(name)}
+
+
 def read_parameters(model: ModelConfig, found: Mapping[str, Stored], in_by_out: bool = False) -> dict[str, np.ndarray]:
     """Reads the parameters of a float model.
 
     Args:
-        in_by_out: the matrices of linear layers are stored as [in, out], as transformers' `Conv1D` does.
+        in_by_out: `linear_weights` are stored as [in, out].
 
     Returns:
         float32, nanoGPT's names, matrices [out, in], without the tied head.
@@ -123,7 +128,7 @@ def read_parameters(model: ModelConfig, found: Mapping[str, Stored], in_by_out: 
     """
     check_depth(model, found)
     layout = float_layout(model)
-    turned = {name for name, (_, shape) in layout.items() if in_by_out and len(shape) == 2 and LAYER.match(name)}
+    turned = linear_weights(model) if in_by_out else set()
     expected = {name: (dtype, shape[::-1] if name in turned else shape) for name, (dtype, shape) in layout.items()}
     arrays = read_as(expected | ({HEAD: layout[TABLE]} if HEAD in found else {}), found)
     if not np.array_equal(arrays.pop(HEAD, arrays[TABLE]), arrays[TABLE]):

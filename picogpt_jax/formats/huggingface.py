@@ -1,13 +1,9 @@
-"""Hugging Face's GPT-2: which of its tensors is which of ours, and the folder that `AutoModelForCausalLM` loads.
+"""Hugging Face's GPT-2: the folder that `AutoModelForCausalLM` loads (its JSON files: `hf_documents`).
 
-    model.safetensors                      float32 tensors of `GPT2LMHeadModel`, the tied head stored once
-    config.json, generation_config.json    `picogpt_jax.formats.hf_config`
-    tokenizer.json, tokenizer_config.json  `picogpt_jax.formats.hf_tokenizer`
-
-The names of the tensors are the same as ours. Two things differ. Linear layers are `Conv1D` there, with weights
-[in, out] (transformers, pytorch_utils.py). And every linear layer and LayerNorm has a bias there; it is zero where ours
-has none. From an int8 model the weights are exactly code * scale. Transformers then computes in float, without int8
-activations: its logits are those of the same model with `activation_bits=None`.
+The tensors are float32 and have our names; the tied head is stored once. Two things differ. Linear layers are `Conv1D`
+there, with weights [in, out] (transformers, pytorch_utils.py). And every linear layer and LayerNorm has a bias there;
+it is zero where ours has none. From an int8 model the weights are exactly code * scale. Transformers then computes in
+float, without int8 activations: its logits are those of the same model with `activation_bits=None`.
 
 The token that pads a batch has a row of its own where the table has no free one (`with_padding`), and so a logit;
 `generate` never draws it (generation_config.json).
@@ -23,24 +19,11 @@ from safetensors.numpy import save_file
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
-from picogpt_jax.formats.hf_config import hf_documents
-from picogpt_jax.formats.hf_tokenizer import padding
-from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model
+from picogpt_jax.formats.gpt2_tensors import TABLE, linear_weights
+from picogpt_jax.formats.hf_documents import hf_documents, padding
+from picogpt_jax.int8.int8_model import TENSORS_FILE, Int8Model
 from picogpt_jax.int8.layout import check_finite, check_layout, float_layout, layout_of
 from picogpt_jax.text.vocabulary import Vocabulary
-
-TENSORS_FILE = "model.safetensors"
-TABLE = "transformer.wte.weight"
-
-
-def hf_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
-    """All tensors of a `GPT2LMHeadModel`: our name -> (its name, whether it is [in, out] there).
-
-    Every bias is listed, also where `model.bias` is false. `lm_head.weight` is `transformer.wte.weight` and not listed.
-    """
-    names = {f"{name}.weight": (f"{name}.weight", name not in EMBEDDINGS) for name in model.matrix_shapes()}
-    vectors = dataclasses.replace(model, bias=True).vector_shapes()
-    return names | {name: (name, False) for name in vectors}
 
 
 def dequantized(model: Int8Model) -> dict[str, np.ndarray]:
@@ -58,13 +41,13 @@ def hf_tensors(model: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str
         UserError: a tensor is unknown, missing, of another type or shape, or holds a value that is not finite.
     """
     check_layout(layout_of(arrays), float_layout(model))
-    shapes = dataclasses.replace(model, bias=True).vector_shapes()
-    tensors = {}
-    for name, (hf_name, transposed) in hf_names(model).items():
-        array = arrays[name] if name in arrays else np.zeros(shapes[name], np.float32)
+    for name, array in arrays.items():
         check_finite(name, array)
-        tensors[hf_name] = np.ascontiguousarray(array.T if transposed else array)
-    return tensors
+    shapes = dataclasses.replace(model, bias=True).vector_shapes()
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    turned = linear_weights(model)
+    tensors = {**zeros, **arrays}
+    return {name: np.ascontiguousarray(array.T if name in turned else array) for name, array in tensors.items()}
 
 
 def with_padding(table_VC: npt.NDArray[np.float32], vocabulary: Vocabulary) -> npt.NDArray[np.float32]:

@@ -23,7 +23,6 @@ from picogpt_jax.int8.convert import params_from_arrays, serving_quant
 from picogpt_jax.int8.int8_model import MAX_CODE, Int8Model, Int8Tensor
 from picogpt_jax.model.quantization import quantize
 from picogpt_jax.training.checkpoint import IMPORTED, Checkpoints
-from picogpt_jax.training.trainer import Trainer
 
 
 def load_for_import(path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> FloatModel:
@@ -99,9 +98,7 @@ def write_workdir(
     sections = source.run.to_dict() if source.run else dict(defaults)
     sections |= {"model": dataclasses.asdict(source.config), "quant": dataclasses.asdict(source.quant)}
     config = Config.from_dict(sections)
-    mesh = dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1)
-    plain = dataclasses.replace(config.train, attention="plain")  # the source's kernel may be of another device
-    trainer = Trainer(dataclasses.replace(config, mesh=mesh, train=plain), devices=jax.devices()[:1])
+    trainer = sources.one_device_trainer(config)
     meta = {
         "config": config.to_dict(),
         "vocab": source.vocabulary.to_json(),

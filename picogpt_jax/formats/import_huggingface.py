@@ -5,7 +5,6 @@ head) is refused with the reason. No tensor is read before the headers agree wit
 """
 
 import dataclasses
-import functools
 import os
 import shlex
 from collections.abc import Mapping
@@ -25,19 +24,18 @@ READ_AS = SAFETENSORS_DTYPES | {"F16": "float32", "BF16": "float32"}
 CONFIG_FILE = "config.json"
 TENSORS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 
-# What an absent key means: the defaults of transformers' GPT2Config.
-DEFAULTS: dict[str, Any] = {
-    **{"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None},
-    **{"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
-    **{"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    **{"tie_word_embeddings": True, "quantization_config": None},
-}
 REQUIRED = {  # key -> (the only value that our model computes, what another one would mean)
     "scale_attn_weights": (True, "scores that are not divided by the square root of the head size"),
     "scale_attn_by_inverse_layer_idx": (False, "scores that are divided by the layer's number"),
     "add_cross_attention": (False, "cross-attention"),
     "tie_word_embeddings": (True, "a head that is not the token embedding"),
     "quantization_config": (None, "quantized weights"),
+}
+# What an absent key means: the defaults of transformers' GPT2Config.
+DEFAULTS: dict[str, Any] = {
+    **{"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None},
+    **{"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
+    **{key: value for key, (value, _) in REQUIRED.items()},
 }
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
@@ -116,13 +114,13 @@ def _check_heads(folder: Path, found: Mapping[str, Stored]) -> None:
 
 def _stored(folder: Path) -> list[dict[str, Stored]]:
     """What each file of the folder stores."""
-    for name, read in ((TENSORS_FILE, functools.partial(stored_in_safetensors, dtypes=READ_AS)), (TORCH_FILE, _torch)):
-        index, files = f"{name}.index.json", []
+    for name in (TENSORS_FILE, TORCH_FILE):
+        files = []
         for path, names in _shards(folder, name).items():
             with errors_in(path):
-                files.append(read(path))
+                files.append(stored_in_safetensors(path, READ_AS) if name == TENSORS_FILE else _torch(path))
                 if names and not all(map(is_buffer, names ^ set(files[-1]))):
-                    raise UserError(f"it does not hold exactly the tensors of {index}; download it again")
+                    raise UserError(f"it does not hold exactly the tensors of {name}.index.json; download it again")
         if files:
             return files
     raise UserError(f"{folder} has neither {TENSORS_FILE} nor {TORCH_FILE}, nor an index of several; download one")

@@ -1,10 +1,7 @@
 """The int8 model as a folder for ONNX Runtime (extra: onnx), with the inputs and outputs that Optimum gives a GPT-2.
 
-    model.onnx                             the graph and the int8 codes; our config.json and vocab.json in its metadata
-    config.json, generation_config.json    `picogpt_jax.formats.hf_config`
-    tokenizer.json, tokenizer_config.json  `picogpt_jax.formats.hf_tokenizer`
-
-The graph is `picogpt_jax.formats.onnx_graph`.
+It holds model.onnx, the graph of `onnx_graph` with our config.json and vocab.json in its metadata, and the JSON files
+of `hf_documents`.
 """
 
 import json
@@ -18,7 +15,7 @@ except ImportError as error:
 
 from picogpt_jax import __version__
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
-from picogpt_jax.formats.hf_config import hf_documents
+from picogpt_jax.formats.hf_documents import hf_documents
 from picogpt_jax.formats.onnx_graph import GraphBuilder, Weights
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.runtimes.onnx_model import METADATA_KEY, MODEL_FILE

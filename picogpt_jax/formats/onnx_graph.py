@@ -9,18 +9,13 @@ last layer the other ones (ONNX Runtime would warn of an optional input at every
 batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
 
 Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
-the unsigned byte Round(x * (1 / scale)) + 128 in a QuantizeLinear whose own scale is 1; MatMulInteger takes the 128 off
-again, and its sum is exact. Unsigned activations times signed weights are ONNX Runtime's fast kernel. On x86 CPUs with
-AVX2 or AVX-512 but without VNNI that kernel can saturate; the session option `session.x64quantprecision` = "1" chooses
-an exact one, which is slower with VNNI (`picogpt_jax.runtimes.onnx_session` sets it where it is needed).
+the unsigned byte Round(x * (1 / scale)) + 128; MatMulInteger takes the 128 off again, and its sum is exact. Unsigned
+activations times signed weights [in, out] are ONNX Runtime's fast kernel.
 
-The float steps round where JAX does (`picogpt_jax.model.rounding`). LayerNorm, attention and the tanh form of GELU are
+The float steps round where JAX does (`picogpt_jax.model.rounding`): LayerNorm, attention and the tanh form of GELU are
 computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With `exact=False` all
 of them are its own in float32: attention is one node (opset 23), so is Round(x / scale) + 128, and the scales are fused
-with the product. That is faster, and now and then gives another token where two are almost equally likely.
-
-Weights are int8 [in, out], as MatMulInteger takes them; the head is a Transpose of the token embedding, which ONNX
-Runtime computes once, when it loads the model.
+with the product. README.md says what that changes.
 
 Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
 """
@@ -37,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
-from picogpt_jax.formats.hf_tokenizer import padding
+from picogpt_jax.formats.hf_documents import padding
 from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
@@ -57,8 +52,7 @@ class GraphBuilder:
     def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
         self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
         self.nodes: list[onnx.NodeProto] = []
-        # Values that are computed where they are first needed.
-        self.computed_one = ""
+        self.computed_one = ""  # computed where it is first needed, as the zero points are
         self.zero_points = ""  # of the tokens that are still computed
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -149,7 +143,7 @@ class GraphBuilder:
     ) -> str:
         """The operand times a part of the outputs of the matrix `name`, which gets a label, plus its bias."""
         matrix, bias = self.model.matrices[name], self.model.vectors.get(f"{name}.bias")
-        if name == "transformer.wte":  # stored for the lookup
+        if name == "transformer.wte":  # stored for the lookup; ONNX Runtime turns it once, when it loads the model
             weight = self.add("Transpose", f"{name}.weight", perm=[1, 0])
         else:
             values = matrix.dequantize() if self.is_float else matrix.codes
@@ -257,12 +251,13 @@ class GraphBuilder:
     def block(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
         name = f"transformer.h.{layer}"
-        y_BTC = self.attention(self.layer_norm(x_BTC, f"{name}.ln_1"), mask_B1TS, layer, first_kept)
+        y_BTC, mask_B1TS = self.layer_norm(x_BTC, f"{name}.ln_1"), self.kept(mask_B1TS, 2, first_kept)
+        attention = self.exact_attention if self.exact else self.fused_attention
+        y_BTC = attention(y_BTC, mask_B1TS, layer, first_kept)
         if self.zero_points:
             self.zero_points = self.kept(self.zero_points, 1, first_kept)
         x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
-        hidden = self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        hidden = self.activation(hidden)
+        hidden = self.activation(self.matmul(self.layer_norm(x_BTC, f"{name}.ln_2"), f"{name}.mlp.c_fc"))
         return self.add("Add", x_BTC, self.matmul(hidden, f"{name}.mlp.c_proj"))
 
     def activation(self, x: str) -> str:
@@ -281,13 +276,8 @@ class GraphBuilder:
         y = self.add("Div", x, self.add("Add", self.add("Exp", exponent), self.constant("one_float64", np.float64(1))))
         return self.cast(y, TensorProto.FLOAT)
 
-    def attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """Self-attention without its output projection, [B, T, C]; keys and values follow those of the past."""
-        mask_B1TS = self.kept(mask_B1TS, 2, first_kept)
-        return (self.exact_attention if self.exact else self.fused_attention)(x_BTC, mask_B1TS, layer, first_kept)
-
     def fused_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """One node."""
+        """Self-attention as one node, without its output projection, [B, T, C]."""
         config, past, present = self.config, f"past_key_values.{layer}", f"present.{layer}"
         name, width = f"transformer.h.{layer}.attn.c_attn", config.n_embd
         operand = self.operand(x_BTC, name)
@@ -309,7 +299,7 @@ class GraphBuilder:
         return outputs[0]
 
     def exact_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """In float64."""
+        """The same in float64; keys and values follow those of the past."""
         config = self.config
         heads = self.integers(0, 0, 3 * config.n_head, config.head_size)
         qkv = self.add("Reshape", self.matmul(x_BTC, f"transformer.h.{layer}.attn.c_attn"), heads)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
+    from picogpt_jax.training.trainer import Trainer
 
 Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
 ONNX_FILE = "model.onnx"
@@ -206,27 +207,29 @@ def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
     return model, vocabulary
 
 
-def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
+def one_device_trainer(run: Config) -> "Trainer":
+    """The trainer of a run whatever devices it was made for: on the first one, without the kernels of others."""
     import jax
 
-    from picogpt_jax.model import layers
-    from picogpt_jax.training.checkpoint import IMPORTED, restore_best
     from picogpt_jax.training.trainer import Trainer
 
-    def abstract_state(meta: dict[str, Any]) -> Any:
-        run = Config.from_dict(meta["config"])
-        mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
-        plain = dataclasses.replace(run.train, attention="plain")  # the run's kernel may be of another device
-        return Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1]).abstract_state
+    mesh = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
+    plain = dataclasses.replace(run.train, attention="plain")
+    return Trainer(dataclasses.replace(run, mesh=mesh, train=plain), devices=jax.devices()[:1])
 
-    restored = restore_best(path, abstract_state)
+
+def _load_workdir(path: str | os.PathLike[str]) -> FloatModel:
+    from picogpt_jax.model import layers
+    from picogpt_jax.training.checkpoint import IMPORTED, restore_best
+
+    restored = restore_best(path, lambda meta: one_device_trainer(Config.from_dict(meta["config"])).abstract_state)
     if restored is None:
         raise UserError(f"{path} holds no finished checkpoint yet; train until the first evaluation")
     step, meta, run = restored.step, restored.meta, Config.from_dict(restored.meta["config"])
     imported = meta.get(IMPORTED)
     vocabulary = vocabulary_from_json(meta["vocab"], f"the checkpoint of {path}")
     if isinstance(vocabulary, TokenIds) and has_tokenizer(path):
-        vocabulary = read_tokenizer(path, run.model.vocab_size)
+        vocabulary = read_tokenizer(path)
     return FloatModel(
         config=run.model,
         run=run,
@@ -260,7 +263,7 @@ def _load_foreign(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.P
         run = Config.from_dict(loaded.config) if "quant" in loaded.config else None
     vocabulary = loaded.vocabulary
     if has_tokenizer(path):
-        vocabulary = read_tokenizer(path, loaded.model.vocab_size)
+        vocabulary = read_tokenizer(path)
     elif vocabulary is None and data_dir is not None:
         vocabulary = vocabulary_of_data(data_dir, loaded.model.vocab_size, token_ids=False)
     if vocabulary is None:

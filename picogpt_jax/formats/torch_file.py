@@ -84,7 +84,6 @@ def load_content(path: str | os.PathLike[str]) -> dict[Any, Any]:
         raise UserError(
             f"torch {torch.__version__} can be made to run code by a .pt file (CVE-2026-24747); install torch >= 2.10"
         )
-    _check_not_old(Path(path))
     _check_archive(Path(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -179,21 +178,19 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
         raise UserError(f"{path} is no PyTorch checkpoint, or is truncated ({error}); save the model again") from None
 
 
-def _check_not_old(path: Path) -> None:
-    """Refuses PyTorch's older format: how much memory to fill, and with what, its pickle says, not the file's size."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        is_old = file.read(len(OLD_START)) == OLD_START
-    if is_old:
-        raise UserError(
-            f"{path} is in the format that PyTorch wrote before 1.6, which is not read here; take the model's "
-            f"safetensors file, or, if you trust this one, {rewriting(path, 'pass', path)}"
-        )
-
-
 def _check_archive(path: Path) -> None:
-    """PyTorch stores its records uncompressed: together they cannot be larger than the file, or this is a zip bomb."""
+    """PyTorch stores its records uncompressed: together they cannot be larger than the file, or this is a zip bomb.
+
+    In its older format the pickle says how much memory to fill, and with what.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            is_old = file.read(len(OLD_START)) == OLD_START
+        if is_old:
+            raise UserError(
+                f"{path} is in the format that PyTorch wrote before 1.6, which is not read here; take the model's "
+                f"safetensors file, or, if you trust this one, {rewriting(path, 'pass', path)}"
+            )
     records = _records(path)
     declared, size = sum(record.file_size for record in records), path.stat().st_size
     if declared > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):

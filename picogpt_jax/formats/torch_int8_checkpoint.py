@@ -7,17 +7,16 @@
     picogpt_jax          what that layout has no place for: config.json, vocab.json, the codes and scales of wpe
 
 picoGPT dequantizes and computes in float, so its logits are close to ours, not equal. It loads a scalar scale only: for
-it, write with `requantize="per_tensor"`, unless the model is per_tensor already.
+it, make a per_channel model per_tensor first (`requantize_per_tensor`).
 
-The files that picoGPT writes itself lack `picogpt_jax`, and their embeddings were never int8: they are no int8 model of
-ours, but they give float parameters.
+The files that picoGPT writes itself lack `picogpt_jax`, and have float embeddings: they give float parameters.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -35,41 +34,24 @@ from picogpt_jax.formats.torch_file import (
     stored_tensors,
     torch,
 )
-from picogpt_jax.int8.int8_model import (
-    EMBEDDINGS,
-    Int8Model,
-    Int8Tensor,
-    config_from_json,
-    config_to_json,
-    requantize_per_tensor,
-)
+from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, config_from_json, config_to_json
 from picogpt_jax.int8.layout import Stored, check_depth, float_layout, read_as
 from picogpt_jax.text.reading import vocabulary_from_json
 
 QUANTIZATION_TYPE = "full_int8"
+POSITIONS = "transformer.wpe"
 # picoGPT rounds w / scale to a code: none is further from it than half a step, and float32's rounding.
 HALF_STEP = np.float32(0.5001)
 
 
-def save_int8_checkpoint(
-    model: Int8Model, path: str | os.PathLike[str], requantize: Literal["per_tensor"] | None = None
-) -> None:
-    """Writes picoGPT's int8 file.
-
-    Args:
-        model: the int8 model; its codes are written unchanged, unless `requantize` is given.
-        path: the file.
-        requantize: "per_tensor" gives a per_channel model one scale per matrix first, as picoGPT's loader wants it.
+def save_int8_checkpoint(model: Int8Model, path: str | os.PathLike[str]) -> None:
+    """Writes picoGPT's int8 file, with the model's codes as they are.
 
     Raises:
         UserError: picoGPT cannot compute the model's activation or LayerNorm, or the file cannot be written.
     """
-    if requantize not in (None, "per_tensor"):
-        raise UserError(f"requantize={requantize!r} is not one of None, 'per_tensor'")
     check_expressible(model.model)
-    if requantize == "per_tensor":
-        model = requantize_per_tensor(model)
-    wpe = model.matrices["transformer.wpe"]
+    wpe = model.matrices[POSITIONS]
     config = json.loads(json.dumps(config_to_json(model)))  # a numpy float would need more than plain values to load
     content = {
         "model_state_dict": _state_dict(model),
@@ -187,30 +169,33 @@ def _check_type(content: Mapping[Any, Any]) -> None:
 
 
 def _int8_tensor(arrays: Mapping[str, np.ndarray], name: str) -> Int8Tensor:
-    if name == "transformer.wpe":
-        return Int8Tensor(arrays[f"{EXTRA_KEY}.wpe_int8"], arrays[f"{EXTRA_KEY}.wpe_scale"])
-    module = _module(name)
-    return Int8Tensor(arrays[f"{module}.weight_int8"], arrays[f"{module}.weight_scale"].reshape(-1, 1))
+    codes, scale = _names(name)
+    return Int8Tensor(arrays[codes], arrays[scale].reshape(-1, 1))
+
+
+def _names(name: str) -> tuple[str, str]:
+    """What the file calls the codes and the scales of a matrix: of the table in the head, of the positions in ours."""
+    if name == POSITIONS:
+        return f"{EXTRA_KEY}.wpe_int8", f"{EXTRA_KEY}.wpe_scale"
+    return f"{_module(name)}.weight_int8", f"{_module(name)}.weight_scale"
 
 
 def _module(name: str) -> str:
-    """The module that holds the int8 codes of the matrix `name`."""
     return "lm_head" if name == "transformer.wte" else name
 
 
 def _layout(model: ModelConfig, granularity: Granularity, with_wpe: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in model.matrix_shapes().items():
-        rows = (shape[0], 1) if granularity == "per_channel" else ()
+        codes, scale = _names(name)
         if name in EMBEDDINGS:
             layout[f"{name}.weight"] = ("float32", shape)
-        if name != "transformer.wpe":
-            layout[f"{_module(name)}.weight_int8"] = ("int8", shape)
-            layout[f"{_module(name)}.weight_scale"] = ("float32", rows)
+        if name != POSITIONS:
             layout[f"{_module(name)}.weight_zero_point"] = ("int64", ())
-        elif with_wpe:
-            layout[f"{EXTRA_KEY}.wpe_int8"] = ("int8", shape)
-            layout[f"{EXTRA_KEY}.wpe_scale"] = ("float32", rows or (1, 1))
+        if name != POSITIONS or with_wpe:
+            whole = (1, 1) if name == POSITIONS else ()
+            layout[codes] = ("int8", shape)
+            layout[scale] = ("float32", (shape[0], 1) if granularity == "per_channel" else whole)
     return layout | {name: ("float32", shape) for name, shape in model.vector_shapes().items()}
 
 
@@ -219,18 +204,18 @@ def _state_dict(model: Int8Model) -> dict[str, torch.Tensor]:
     for name, matrix in model.matrices.items():
         if name in EMBEDDINGS:
             state[f"{name}.weight"] = torch.tensor(matrix.dequantize())
-        if name != "transformer.wpe":
-            scale = torch.tensor(matrix.scale)
-            per_tensor = model.quantization.weight_granularity == "per_tensor"
-            state[f"{_module(name)}.weight_int8"] = torch.tensor(matrix.codes)
-            state[f"{_module(name)}.weight_scale"] = scale.reshape(()) if per_tensor else scale
+        if name != POSITIONS:
+            codes, scale = _names(name)
+            state[codes], state[scale] = torch.tensor(matrix.codes), torch.tensor(matrix.scale)
+            if model.quantization.weight_granularity == "per_tensor":
+                state[scale] = state[scale].reshape(())
             state[f"{_module(name)}.weight_zero_point"] = torch.tensor(0, dtype=torch.int64)
     return state
 
 
 def _quantization_stats(model: Int8Model) -> dict[str, dict[str, Any]]:
     """Sizes of each int8 layer, and of all of them under `_summary`; bytes, scales included."""
-    matrices = {_module(name): matrix for name, matrix in model.matrices.items() if name != "transformer.wpe"}
+    matrices = {_module(name): matrix for name, matrix in model.matrices.items() if name != POSITIONS}
     summary: dict[str, Any] = {"quantized_layers": len(matrices), "total_parameters": model.model.n_parameters}
     return {name: _sizes(x) for name, x in matrices.items()} | {"_summary": summary | _sizes(*matrices.values())}
 

@@ -1,7 +1,9 @@
 """Turns trained parameters into the portable int8 model, and that into the variables of JAX's serving pass."""
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -9,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.devices import sharding
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
+from picogpt_jax.int8.layout import float_layout
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, converted, int8_dot, quantize
@@ -29,29 +33,24 @@ def module_path(name: str) -> tuple[str, ...]:
     return (f"h_{parts[1]}", *parts[2:]) if parts[0] == "h" else tuple(parts)
 
 
-def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _store(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def float_matrix(params: Any, name: str) -> npt.NDArray[np.float32]:
-    """The float matrix `name` as [out, in] (an embedding as [rows, C])."""
-    module = _lookup(params, module_path(name))
-    return np.asarray(module["embedding"]) if name in EMBEDDINGS else np.asarray(module["kernel"]).T
-
-
-def float_vector(params: Any, name: str) -> npt.NDArray[np.float32]:
-    """The vector `name`, such as transformer.ln_f.weight or transformer.h.0.mlp.c_fc.bias."""
+def leaf_path(name: str) -> tuple[str, ...]:
+    """The same of a tensor: transformer.h.0.attn.c_proj.weight -> h_0, attn, c_proj, kernel; a kernel is [in, out]."""
     module, kind = name.rsplit(".", 1)
-    leaf = "scale" if kind == "weight" else "bias"
-    return np.asarray(_lookup(params, module_path(module))[leaf])
+    path = module_path(module)
+    if kind == "weight":
+        kind = "embedding" if module in EMBEDDINGS else "scale" if path[-1].startswith("ln_") else "kernel"
+    return (*path, kind)
+
+
+def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(operator.getitem, path, tree)
+
+
+def float_array(params: Any, name: str) -> npt.NDArray[np.float32]:
+    """The parameter `name`, such as transformer.ln_f.weight; a matrix is [out, in], an embedding [rows, C]."""
+    path = leaf_path(name)
+    array = np.asarray(_lookup(params, path))
+    return array.T if path[-1] == "kernel" else array
 
 
 def fold_layer_norms(config: ModelConfig, params: Any) -> Any:
@@ -103,19 +102,13 @@ def int8_model(
         training=training,
         vocabulary=vocabulary,
         matrices=matrices,
-        vectors={name: float_vector(params, name) for name in config.vector_shapes()},
+        vectors={name: float_array(params, name) for name in config.vector_shapes()},
     )
 
 
 def serving_quant(model: Int8Model) -> QuantConfig:
     """The numerics of an int8 model as the `quant` section of a configuration."""
-    quantization = model.quantization
-    return dataclasses.replace(
-        FLOAT,
-        mode="int8",
-        weight_granularity=quantization.weight_granularity,
-        activation_bits=quantization.activation_bits,
-    )
+    return dataclasses.replace(FLOAT, mode="int8", **dataclasses.asdict(model.quantization))
 
 
 def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -139,16 +132,12 @@ def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, A
         split = [None if whole(axis, size) else axis for axis, size in zip(names, array.shape, strict=True)]
         return jax.device_put(array, sharding.placement(split, "/".join(path), array.shape, mesh))
 
-    codes: dict[str, Any] = {}
-    params: dict[str, Any] = {}
-    for name, tensor in model.matrices.items():
-        path = (*module_path(name), "embedding" if name in EMBEDDINGS else "kernel")
-        _store(codes, path, QuantizedTensor(codes=put(tensor.codes, path), scale=put(tensor.scale, path)))
-    for name, vector in model.vectors.items():
-        module, kind = name.rsplit(".", 1)
-        path = (*module_path(module), "scale" if kind == "weight" else "bias")
-        _store(params, path, put(vector, path))
-    return {"params": params, INT8_COLLECTION: codes}
+    def put_matrix(matrix: Int8Tensor, path: tuple[str, ...]) -> QuantizedTensor:
+        return QuantizedTensor(codes=put(matrix.codes, path), scale=put(matrix.scale, path))
+
+    codes = {path: put_matrix(x, path) for name, x in model.matrices.items() for path in [leaf_path(f"{name}.weight")]}
+    params = {path: put(x, path) for name, x in model.vectors.items() for path in [leaf_path(name)]}
+    return {"params": unflatten_dict(params), INT8_COLLECTION: unflatten_dict(codes)}
 
 
 def abstract_parameters(config: ModelConfig) -> Any:
@@ -159,23 +148,15 @@ def abstract_parameters(config: ModelConfig) -> Any:
 
 def float_arrays(config: ModelConfig, params: Any) -> dict[str, npt.NDArray[np.float32]]:
     """The parameters under nanoGPT's names, matrices [out, in]; without the tied `lm_head.weight`."""
-    arrays = {f"{name}.weight": np.ascontiguousarray(float_matrix(params, name)) for name in config.matrix_shapes()}
-    return arrays | {name: float_vector(params, name) for name in config.vector_shapes()}
+    return {name: np.ascontiguousarray(float_array(params, name)) for name in float_layout(config)}
 
 
 def params_from_arrays(config: ModelConfig, arrays: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
     """The inverse of `float_arrays`."""
-    params: dict[str, Any] = {}
-    for name in config.matrix_shapes():
-        array = jnp.asarray(arrays[f"{name}.weight"])
-        is_embedding = name in EMBEDDINGS
-        _store(
-            params, (*module_path(name), "embedding" if is_embedding else "kernel"), array if is_embedding else array.T
-        )
-    for name in config.vector_shapes():
-        module, kind = name.rsplit(".", 1)
-        _store(params, (*module_path(module), "scale" if kind == "weight" else "bias"), jnp.asarray(arrays[name]))
-    return params
+    paths = {name: leaf_path(name) for name in float_layout(config)}
+    return unflatten_dict(
+        {path: jnp.asarray(arrays[name].T if path[-1] == "kernel" else arrays[name]) for name, path in paths.items()}
+    )
 
 
 BAD_DB = 20.0  # a product whose error is over a tenth of it; the codes alone leave 30 to 40 dB
@@ -236,20 +217,18 @@ def report(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer]) ->
         tokens_BT: a text of the model's; its activations are multiplied.
     """
     products = _product_db(params, model, tokens_BT)
-    rows = []
-    for name, tensor in model.matrices.items():
-        rows.append(
-            TensorReport(
-                name=name,
-                shape=tensor.codes.shape,
-                scale_range=(float(tensor.scale.min()), float(tensor.scale.max())),
-                codes_used=len(np.unique(tensor.codes)),
-                sqnr_db=_sqnr_db(float_matrix(params, name), tensor.dequantize()),
-                product_db=products.get(name),
-                n_bytes=tensor.codes.nbytes + tensor.scale.nbytes,
-            )
+    return [
+        TensorReport(
+            name=name,
+            shape=tensor.codes.shape,
+            scale_range=(float(tensor.scale.min()), float(tensor.scale.max())),
+            codes_used=len(np.unique(tensor.codes)),
+            sqnr_db=_sqnr_db(float_array(params, f"{name}.weight"), tensor.dequantize()),
+            product_db=products.get(name),
+            n_bytes=tensor.codes.nbytes + tensor.scale.nbytes,
         )
-    return rows
+        for name, tensor in model.matrices.items()
+    ]
 
 
 def _sqnr_db(exact: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
@@ -278,9 +257,8 @@ def _product_db(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer
         return found
 
     found = products(params, weights, jnp.asarray(tokens_BT, jnp.int32))
-    return {
-        name: _sqnr_db(np.asarray(x) @ float_matrix(params, name).T, np.asarray(y)) for name, (x, y) in found.items()
-    }
+    weight = {name: float_array(params, f"{name}.weight") for name in found}
+    return {name: _sqnr_db(np.asarray(x) @ weight[name].T, np.asarray(y)) for name, (x, y) in found.items()}
 
 
 def report_table(rows: list[TensorReport]) -> str:

@@ -1,9 +1,5 @@
 """Reads, writes and checks the portable int8 model, a folder; README.md beside this file specifies it (version 1).
 
-    model.safetensors   int8 matrices [out, in], a float32 `<name>_scale` beside each, float32 vectors; nanoGPT's names
-    config.json         the architecture, how it is quantized, how it was trained
-    vocab.json          the vocabulary
-
 A value is code * scale, with codes in [-127, 127] and one scale per row ([rows, 1]) or per matrix ([1, 1]). The head is
 `transformer.wte` again and is not stored. Nothing here needs more than numpy and safetensors.
 """
@@ -18,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from picogpt_jax.config import Granularity, ModelConfig, section_from_dict
+from picogpt_jax.config import Granularity, ModelConfig, check_names, section_from_dict
 from picogpt_jax.errors import UserError, errors_in
 from picogpt_jax.files import atomic_folder, read_json, write_json
 from picogpt_jax.int8.layout import (
@@ -38,7 +34,6 @@ FORMAT_VERSION = 1
 TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocab.json"
 MAX_CODE = 127
 EMBEDDINGS = ("transformer.wte", "transformer.wpe")
-
 
 # A matrix whose largest value is below this is one of zeros: 1 / scale would overflow float32.
 SMALLEST_ABSMAX = np.float32(2.0**-119)
@@ -133,16 +128,6 @@ class Int8Model:
             named[f"{name}.weight_scale"] = matrix.scale
         return named
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, np.ndarray], model: ModelConfig, **fields: Any) -> "Int8Model":
-        """The inverse of `tensors`; `fields` are the attributes that hold no tensor."""
-        matrices = {
-            name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
-            for name in model.matrix_shapes()
-        }
-        vectors = {name: tensors[name] for name in model.vector_shapes()}
-        return cls(model=model, matrices=matrices, vectors=vectors, **fields)
-
 
 def check_json(name: str, value: Any) -> None:
     """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
@@ -181,10 +166,20 @@ def load_int8_model(folder: str | os.PathLike[str]) -> Int8Model:
         model, quantization, training = config_from_json(config)
     vocabulary = vocabulary_from_json(read_json(folder / VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
     with errors_in(folder / TENSORS_FILE):
-        tensors = _read_tensors(folder / TENSORS_FILE, model, quantization.weight_granularity)
+        found = stored_in_safetensors(folder / TENSORS_FILE)
+        check_depth(model, found)
+        tensors = read_as(int8_layout(model, quantization.weight_granularity), found)
     with errors_in(folder):
-        return Int8Model.from_tensors(
-            tensors, model, quantization=quantization, training=training, vocabulary=vocabulary
+        return Int8Model(
+            model=model,
+            quantization=quantization,
+            training=training,
+            vocabulary=vocabulary,
+            matrices={
+                name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
+                for name in model.matrix_shapes()
+            },
+            vectors={name: tensors[name] for name in model.vector_shapes()},
         )
 
 
@@ -213,17 +208,6 @@ def config_to_json(model: Int8Model) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Document:
-    """The top level of config.json, its values not yet checked."""
-
-    format: Any
-    format_version: Any
-    model: Any
-    quantization: Any
-    training: Any
-
-
 def config_from_json(value: Any) -> tuple[ModelConfig, Quantization, dict[str, Any]]:
     """Reads what `config_to_json` wrote.
 
@@ -236,19 +220,13 @@ def config_from_json(value: Any) -> tuple[ModelConfig, Quantization, dict[str, A
     version = value.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(f"format_version is {version!r}; this picogpt_jax reads {FORMAT_VERSION}: update picogpt_jax")
-    document: _Document = section_from_dict(_Document, "config.json", value)
-    check_json("training", document.training)
-    model = section_from_dict(ModelConfig, "model", document.model)
-    return model, _quantization_from_json(document.quantization), document.training
-
-
-def _quantization_from_json(values: Any) -> Quantization:
-    if not isinstance(values, dict) or set(values) != set(QUANTIZATION_CHOICES):
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"quantization is {found}; expected the keys {sorted(QUANTIZATION_CHOICES)}")
-    _check_quantization(values)
-    names = [field.name for field in dataclasses.fields(Quantization)]
-    return Quantization(**{name: values[name] for name in names})
+    check_names("config.json", value, ("format", "format_version", "model", "quantization", "training"))
+    check_json("training", value["training"])
+    model, quantization = section_from_dict(ModelConfig, "model", value["model"]), value["quantization"]
+    check_names("quantization", quantization, QUANTIZATION_CHOICES)
+    _check_quantization(quantization)
+    varying = {field.name: quantization[field.name] for field in dataclasses.fields(Quantization)}
+    return model, Quantization(**varying), value["training"]
 
 
 def _check_quantization(values: Mapping[str, Any]) -> None:
@@ -282,26 +260,22 @@ class SizeReport:
     """Bytes of the tensors of a model.
 
     Attributes:
-        tensor_bytes: tensor name -> bytes, under the names of `model.safetensors`.
-        total_bytes: their sum.
+        total_bytes: of all, as `model.safetensors` has them.
         float32_bytes: what the same parameters take in float32, the tied head counted once.
         int8_share: share of the parameters that are int8 codes, in [0, 1].
     """
 
-    tensor_bytes: dict[str, int]
     total_bytes: int
     float32_bytes: int
     int8_share: float
 
 
 def size_report(model: Int8Model) -> SizeReport:
-    """How large the model is, tensor by tensor."""
-    tensor_bytes = {name: array.nbytes for name, array in model.tensors().items()}
+    """How large the model is."""
     n_codes = sum(matrix.codes.size for matrix in model.matrices.values())
     n_parameters = model.model.n_parameters
     return SizeReport(
-        tensor_bytes=tensor_bytes,
-        total_bytes=sum(tensor_bytes.values()),
+        total_bytes=sum(array.nbytes for array in model.tensors().values()),
         float32_bytes=4 * n_parameters,
         int8_share=n_codes / n_parameters,
     )
@@ -310,13 +284,6 @@ def size_report(model: Int8Model) -> SizeReport:
 def file_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes on disk of the three files of an int8 folder."""
     return sum((Path(folder) / name).stat().st_size for name in (TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE))
-
-
-def _read_tensors(path: Path, model: ModelConfig, granularity: Granularity) -> dict[str, np.ndarray]:
-    """Reads the tensors, after their headers turned out to be those that the model needs."""
-    found = stored_in_safetensors(path)
-    check_depth(model, found)
-    return read_as(int8_layout(model, granularity), found)
 
 
 def _check_values(name: str, array: np.ndarray) -> None:

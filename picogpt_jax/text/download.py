@@ -1,5 +1,6 @@
 """Fetching over HTTP: time-outs, retries, size limits, checksums, and files that are whole or absent (extra `data`)."""
 
+import dataclasses
 import hashlib
 import importlib
 import logging
@@ -34,57 +35,57 @@ def import_extra(name: str) -> Any:
         raise UserError(f"the Python package {name} is missing; run: pip install 'picogpt_jax[data]'") from None
 
 
+@dataclasses.dataclass
 class Client:
     """One HTTP session, used as a context manager.
 
-    A request that finds no connection, times out or gets a passing error status is repeated up to `retries` times,
-    after a wait that doubles from `backoff_seconds` or that the server's Retry-After asks for; so is one whose body
-    breaks off.
+    A request that finds no connection, times out (also between two pieces of the body) or gets a passing error status
+    is repeated up to `retries` times, after a wait that doubles from `backoff_seconds` or that the server's Retry-After
+    asks for; so is one whose body breaks off.
     """
 
-    def __init__(self, timeout_seconds: float = 30.0, retries: int = 4, backoff_seconds: float = 1.0) -> None:
+    timeout_seconds: float = 30.0
+    retries: int = 4
+    backoff_seconds: float = 1.0
+
+    def __enter__(self) -> Self:
         """Raises a `UserError` where `requests` is not installed."""
-        self._requests = import_extra("requests")
-        self._timeout_seconds = timeout_seconds
-        self._retries = retries
-        self._backoff_seconds = backoff_seconds
+        self.requests = import_extra("requests")
         retry = import_extra("urllib3").Retry(
-            total=retries,
-            backoff_factor=backoff_seconds,
+            total=self.retries,
+            backoff_factor=self.backoff_seconds,
             status_forcelist=_RETRIED_STATUSES,
             allowed_methods=("GET",),
             raise_on_status=False,  # hands over the last response, whose status makes the clearer message
         )
         # Each retry would be a warning: the reason for giving up, if it comes to that, is told once and in full.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        self._session = self._requests.Session()
-        self._session.headers["User-Agent"] = USER_AGENT
+        self.session = self.requests.Session()
+        self.session.headers["User-Agent"] = USER_AGENT
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, self._requests.adapters.HTTPAdapter(max_retries=retry))
-
-    def __enter__(self) -> Self:
+            self.session.mount(scheme, self.requests.adapters.HTTPAdapter(max_retries=retry))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._session.close()
+        self.session.close()
 
     def fetch(self, url: str, sink: BinaryIO, max_bytes: int = MAX_BYTES, progress: bool = False) -> None:
-        """Writes the body at `url` to `sink`, a seekable binary file.
+        """Writes the body at `url` to `sink`, a seekable binary file; `progress` shows a bar, on a terminal.
 
         Raises:
             FetchError: no connection, no answer in time, an error status, a broken body, or more than `max_bytes`.
         """
-        for attempt in range(self._retries + 1):
+        for attempt in range(self.retries + 1):
             in_body = False  # what goes wrong before the body has been retried by the session
             try:
-                with self._session.get(url, stream=True, timeout=self._timeout_seconds) as response:
+                with self.session.get(url, stream=True, timeout=self.timeout_seconds) as response:
                     response.raise_for_status()
                     in_body = True
                     return _copy_body(response, sink, max_bytes, progress)
-            except self._requests.RequestException as error:
-                if not in_body or attempt == self._retries:
+            except self.requests.RequestException as error:
+                if not in_body or attempt == self.retries:
                     raise FetchError(_reason(error)) from None
-            time.sleep(self._backoff_seconds * 2**attempt)
+            time.sleep(self.backoff_seconds * 2**attempt)
 
 
 def _copy_body(response: Any, sink: BinaryIO, max_bytes: int, progress: bool) -> None:
@@ -116,12 +117,8 @@ def download(
     url: str,
     path: str | os.PathLike[str],
     sha256: str | None = None,
-    timeout_seconds: float = 30.0,
-    retries: int = 4,
-    progress: bool = True,
-    *,
-    backoff_seconds: float = 1.0,
     max_bytes: int = MAX_BYTES,
+    **patience: Any,
 ) -> None:
     """Downloads `url` to `path`: whole and checked, or not at all. A file that has the checksum already is kept.
 
@@ -129,11 +126,8 @@ def download(
         url: http or https.
         path: the file to write.
         sha256: the checksum that the body must have, in hexadecimal.
-        timeout_seconds: for a connection, and between two pieces of the body.
-        retries: how often a request that fails for a passing reason is repeated.
-        progress: show a progress bar, on a terminal.
-        backoff_seconds: the first wait before a retry; it doubles with each one.
         max_bytes: a larger body is refused.
+        patience: see `Client`.
 
     Raises:
         UserError: the download failed or has another checksum, `path` cannot be written, or `requests` is missing.
@@ -144,8 +138,8 @@ def download(
     way_out = "try again later, or name a copy of your own with --input_file=TEXT"
     with atomic_path(path) as temporary:
         try:
-            with Client(timeout_seconds, retries, backoff_seconds) as client, temporary.open("wb") as sink:
-                client.fetch(url, sink, max_bytes, progress)
+            with Client(**patience) as client, temporary.open("wb") as sink:
+                client.fetch(url, sink, max_bytes, progress=True)
         except FetchError as error:
             raise UserError(f"cannot download {url}: {error}; {way_out}") from None
         found = _sha256(temporary)

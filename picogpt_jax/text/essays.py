@@ -66,11 +66,7 @@ def fetch_essays(
     base_url: str = BASE_URL,
     delay_seconds: float = 1.0,
     max_essays: int | None = None,
-    *,
-    timeout_seconds: float = 30.0,
-    retries: int = 4,
-    backoff_seconds: float = 1.0,
-    progress: bool = True,
+    **patience: Any,
 ) -> Essays:
     """Fetches the essays that are not in `cache_dir` yet, one after the other, and extracts the text of all.
 
@@ -79,14 +75,13 @@ def fetch_essays(
         base_url: the folder that holds articles.html and the essays; pages of other hosts are left out.
         delay_seconds: the pause between two requests.
         max_essays: only the first so many of the index.
-        timeout_seconds, retries, backoff_seconds: see `picogpt_jax.text.download.Client`.
-        progress: show a progress bar, on a terminal.
+        patience: see `picogpt_jax.text.download.Client`.
 
     Raises:
         UserError: the index cannot be fetched or lists no essay, `cache_dir` cannot be written, or a package is
             missing.
     """
-    with Client(timeout_seconds, retries, backoff_seconds) as client:
+    with Client(**patience) as client:
         pages = _PageCache(client, Path(cache_dir), delay_seconds)
         index_url = urljoin(base_url, INDEX_PAGE)
         try:
@@ -95,7 +90,7 @@ def fetch_essays(
             raise UserError(f"cannot get the list of essays from {index_url}: {error}; {_WAY_OUT}") from None
         texts: dict[str, str] = {}
         failures: dict[str, str] = {}
-        for url in tqdm(urls, unit="essay", disable=None if progress else True):
+        for url in tqdm(urls, unit="essay", disable=None):
             try:
                 texts[url] = pages.read(url, page_text)
             except FetchError as error:
@@ -103,18 +98,18 @@ def fetch_essays(
     return Essays(texts, failures)
 
 
+@dataclasses.dataclass
 class _PageCache:
     """What pages hold, by URL. A page that holds something is fetched once and kept as the server sent it."""
 
-    def __init__(self, client: Client, folder: Path, delay_seconds: float) -> None:
-        self._client = client
-        self._folder = folder
-        self._delay_seconds = delay_seconds
-        self._has_fetched = False
+    client: Client
+    folder: Path
+    delay_seconds: float
+    has_fetched: bool = False
 
     def read(self, url: str, extract: Callable[[bytes], T]) -> T:
         """Returns `extract(page)`; a page that cannot be fetched or of which nothing is extracted is a `FetchError`."""
-        path = self._folder / urlsplit(url).path.rsplit("/", 1)[-1]
+        path = self.folder / urlsplit(url).path.rsplit("/", 1)[-1]
         is_kept = path.is_file()
         page = path.read_bytes() if is_kept else self._fetch(url)
         found = extract(page)
@@ -126,21 +121,12 @@ class _PageCache:
         return found
 
     def _fetch(self, url: str) -> bytes:
-        if self._has_fetched:
-            time.sleep(self._delay_seconds)
-        self._has_fetched = True
+        if self.has_fetched:
+            time.sleep(self.delay_seconds)
+        self.has_fetched = True
         page = io.BytesIO()
-        self._client.fetch(url, page, MAX_PAGE_BYTES)
+        self.client.fetch(url, page, MAX_PAGE_BYTES)
         return page.getvalue()
-
-
-def graham_text(cache_dir: str | os.PathLike[str], delay_seconds: float = 1.0, max_essays: int | None = None) -> str:
-    """Returns all essays as one text of printable ASCII and newlines; prints how many there are and what is missing.
-
-    Raises:
-        UserError: no essay could be fetched; see `fetch_essays` too.
-    """
-    return join_essays(fetch_essays(cache_dir, delay_seconds=delay_seconds, max_essays=max_essays))
 
 
 def join_essays(essays: Essays) -> str:

@@ -56,7 +56,11 @@ def prepare_text(
     if vocabulary is None:
         vocabulary = Vocabulary.from_text(distinct)
     out_dir, n_train = Path(out_dir), int(length * TRAIN_FRACTION)
-    with atomic_path(out_dir / "train.bin") as train_path, atomic_path(out_dir / "val.bin") as val_path:
+    with (
+        atomic_path(out_dir / "meta.json") as meta_path,  # the last one to be renamed
+        atomic_path(out_dir / "train.bin") as train_path,
+        atomic_path(out_dir / "val.bin") as val_path,
+    ):
         pieces = _pieces(text, "writing")
         if isinstance(vocabulary, TokenizerVocabulary):  # a token may lie across two pieces
             pieces = iter(["".join(pieces)])
@@ -67,12 +71,12 @@ def prepare_text(
                 for file, part, first in ((train, piece[:middle], start), (val, piece[middle:], start + middle)):
                     file.write(vocabulary.encode(part, source, first).astype("<u2").tobytes())
                 start += len(piece)
+        n_tokens = [path.stat().st_size // 2 for path in (train_path, val_path)]
+        meta = {**vocabulary.to_json(), "vocab_size": vocabulary.size, "dataset": dataset, "source": source}
+        meta |= {"sha256": sha256, "train_tokens": n_tokens[0], "val_tokens": n_tokens[1]}
+        write_json(meta_path, meta)
         # An interruption from here on must not leave new ids beside the vocabulary of an earlier text.
         (out_dir / "meta.json").unlink(missing_ok=True)
-        n_tokens = [path.stat().st_size // 2 for path in (train_path, val_path)]
-    meta = {**vocabulary.to_json(), "vocab_size": vocabulary.size, "dataset": dataset, "source": source}
-    meta |= {"sha256": sha256, "train_tokens": n_tokens[0], "val_tokens": n_tokens[1]}
-    write_json(out_dir / "meta.json", meta)
     print(f"{dataset}: {length:,} characters, {len(distinct):,} distinct ({source})")
     print(f"wrote {n_tokens[0]:,} training and {n_tokens[1]:,} validation tokens to {out_dir}")
     return meta

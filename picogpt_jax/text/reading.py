@@ -63,21 +63,17 @@ def vocabulary_of_data(data_dir: str | os.PathLike[str], size: int | None = None
     if (data_dir / "meta.pkl").exists():
         return _from_pickle(data_dir / "meta.pkl", token_ids)
     if has_tokenizer(data_dir):
-        return read_tokenizer(data_dir, size)
-    only_tokens = token_ids and (data_dir / "train.bin").is_file()
-    if only_tokens and size is not None:
-        return TokenIds.of_size(size, f"{data_dir} with model.vocab_size={size}")
-    if only_tokens:
+        return read_tokenizer(data_dir)
+    if token_ids and (data_dir / "train.bin").is_file():
+        if size is not None:
+            return TokenIds.of_size(size, f"{data_dir} with model.vocab_size={size}")
         raise UserError(
             f"{data_dir} has token files but no vocabulary (meta.json or nanoGPT's meta.pkl); put the "
             "tokenizer.json of a byte-pair encoding there, or give --config.model.vocab_size"
         )
-    own_script = data_dir / "prepare.py"
-    way_out = f"make it with: python {shlex.quote(str(own_script))}"
-    if not own_script.exists():
-        way_out = (
-            f"looked in {data_dir.absolute()}; give the full path of a folder that a data/*/prepare.py has written"
-        )
+    way_out = f"looked in {data_dir.absolute()}; give the full path of a folder that a data/*/prepare.py has written"
+    if (data_dir / "prepare.py").exists():
+        way_out = f"make it with: python {shlex.quote(str(data_dir / 'prepare.py'))}"
     raise UserError(f"{data_dir} has no meta.json (nor nanoGPT's meta.pkl); {way_out}")
 
 
@@ -121,9 +117,7 @@ def _plain_pickle(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
         return _unpickled(data)
-    except (
-        Exception
-    ) as error:  # a malformed pickle may raise anything: ValueError, IndexError, KeyError, TypeError, ...
+    except Exception as error:  # a malformed pickle may raise anything: ValueError, IndexError, KeyError, ...
         raise UserError(f"{path} is not a plain pickle ({error}); prepare the text again") from None
 
 

@@ -2,9 +2,7 @@
 
 Two kinds are read. GPT-2's byte-level BPE is encoded by the library `tokenizers`. Byte pairs without merges are how a
 character vocabulary is exported: they become a character vocabulary again, and need no library.
-
-A BPE vocabulary is stored where the others are, in `vocab.json`, in checkpoints and in `meta.json`, as
-`{"type": "tokenizer", "vocab_size": 50257, "tokenizer": <the contents of tokenizer.json>}`.
+In vocab.json and meta.json a BPE is `{"type": "tokenizer", "vocab_size": 50257, "tokenizer": <tokenizer.json>}`.
 """
 
 import dataclasses
@@ -37,7 +35,7 @@ class TokenizerVocabulary(Vocabulary):
         definition: the contents of tokenizer.json.
 
     Raises:
-        UserError: `from_json` and `from_definition`: it is no byte-level BPE, or does not fit into its size.
+        UserError: `from_json` and `from_definition`: it is no byte-level BPE.
     """
 
     definition: str
@@ -79,17 +77,14 @@ class TokenizerVocabulary(Vocabulary):
     def from_json(cls, value: Any, source: str) -> Self:
         if not isinstance(value, dict) or value.get("type") != "tokenizer" or type(value.get("vocab_size")) is not int:
             raise UserError(f'{source} is no tokenizer; expected {{"type": "tokenizer", "vocab_size": ..., ...}}')
-        return cls.from_definition(value.get("tokenizer"), value["vocab_size"], source)
+        vocabulary, size = cls.from_definition(value.get("tokenizer"), source), value["vocab_size"]
+        if size < vocabulary.size:  # older files count the rows of the model's table, which may be more
+            raise UserError(f"{source} has vocab_size {size}, but a token of the id {vocabulary.size - 1}")
+        return vocabulary
 
     @classmethod
-    def from_definition(cls, definition: Any, size: int | None, source: str) -> Self:
-        """Builds the vocabulary of a byte-level BPE.
-
-        Args:
-            definition: the contents of tokenizer.json.
-            size: of the model's table: at least the tokenizer's, which is what None stands for.
-            source: for the error message.
-        """
+    def from_definition(cls, definition: Any, source: str) -> Self:
+        """Builds the vocabulary of a byte-level BPE from the contents of a tokenizer.json; `source` is for messages."""
         model = _section(definition, "model", source)
         for name, expected in (("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel"), ("model", "BPE")):
             found = _section(definition, name, source).get("type")
@@ -101,14 +96,9 @@ class TokenizerVocabulary(Vocabulary):
             if value := section.get(name):
                 found, neutral = json.dumps(value)[:60], "false" if value is True else "null"
                 raise UserError(f"{source}: {name} is {found}: no text comes back as it was; set it to {neutral} there")
-        ids = dict(_vocab(model, source))
-        added = definition.get("added_tokens") or []
-        is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
-        if not is_list or not all(isinstance(token.get("content"), str) for token in added):
-            raise UserError(f"{source}: added_tokens is not a list of tokens")
-        ids |= {token["content"]: token.get("id") for token in added}
-        itos = _table(ids, size, source)[: max(ids.values()) + 1]
-        vocabulary = cls(itos, json.dumps(definition, sort_keys=True))
+        ids = dict(_section(model, "vocab", source))
+        ids |= {token["content"]: token.get("id") for token in _added_tokens(definition, source)}
+        vocabulary = cls(_table(ids, source), json.dumps(definition, sort_keys=True))
         if vocabulary._tokenizer.get_vocab_size() != len(ids):
             raise UserError(f"{source}: it lists {len(ids)} tokens and has another number; save it again")
         return vocabulary
@@ -120,27 +110,23 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     return older or (Path(folder) / TOKENIZER_FILE).is_file()
 
 
-def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabulary:
+def read_tokenizer(folder: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary of a folder's `tokenizer.json`, or of its vocab.json and merges.txt.
 
-    Args:
-        size: of the model's table of tokens; None: as large as the tokenizer needs.
-
     Raises:
-        UserError: the file is missing, damaged, of another kind, or does not fit into `size`.
+        UserError: the file is missing, damaged or of another kind.
     """
     path = Path(folder) / TOKENIZER_FILE
     older = has_tokenizer(folder) and not path.is_file()
     definition, source = (_of_older_files(folder), str(folder)) if older else (read_json(path), str(path))
     model = _section(definition, "model", source)
-    added = definition.get("added_tokens") or []
-    plain = not (definition.get("pre_tokenizer") or definition.get("normalizer")) and isinstance(added, list)
-    plain = plain and all(isinstance(token, dict) and token.get("special") for token in added)  # they pad a batch
+    only_padding = all(token.get("special") for token in _added_tokens(definition, source))
+    plain = only_padding and not (definition.get("pre_tokenizer") or definition.get("normalizer"))
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
-        vocab = _vocab(model, source)
+        table = _table(_section(model, "vocab", source), source)
         with errors_in(source):
-            return Vocabulary(_table(vocab, len(vocab), source))
-    return TokenizerVocabulary.from_definition(definition, size, source)
+            return Vocabulary(table)
+    return TokenizerVocabulary.from_definition(definition, source)
 
 
 def _of_older_files(folder: str | os.PathLike[str]) -> Any:
@@ -180,25 +166,22 @@ def _section(definition: Any, name: str, source: str) -> dict[str, Any]:
     return section
 
 
-def _vocab(model: dict[str, Any], source: str) -> dict[str, Any]:
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict):
-        raise UserError(f"{source}: model.vocab is {type(vocab).__name__}; expected a dict")
-    return vocab
+def _added_tokens(definition: Any, source: str) -> list[dict[str, Any]]:
+    added = definition.get("added_tokens") or []
+    is_list = isinstance(added, list) and all(isinstance(token, dict) for token in added)
+    if not is_list or not all(isinstance(token.get("content"), str) for token in added):
+        raise UserError(f"{source}: added_tokens is not a list of tokens")
+    return added
 
 
-def _table(ids: dict[Any, Any], size: int | None, source: str) -> tuple[str, ...]:
-    """Token id -> token; every id distinct and below `size`."""
-    size = len(ids) if size is None else size
-    if not 1 <= len(ids) <= size <= MAX_SIZE:
-        raise UserError(
-            f"{source} has {len(ids)} tokens, the model {size}; expected no more than these, nor {MAX_SIZE}"
-        )
-    table = [""] * size
+def _table(ids: dict[Any, Any], source: str) -> tuple[str, ...]:
+    """Token id -> token, or "" where there is none; every id distinct."""
+    table: dict[int, str] = {}
     for token, index in ids.items():
-        if not isinstance(token, str) or type(index) is not int or not 0 <= index < size or table[index]:
-            raise UserError(
-                f"{source}: token {ascii(token)[:80]} has the id {index!r}; expected distinct ids below {size}"
-            )
+        if not isinstance(token, str) or type(index) is not int or not 0 <= index < MAX_SIZE or index in table:
+            found = f"token {ascii(token)[:80]} has the id {index!r}"
+            raise UserError(f"{source}: {found}; expected distinct ids below {MAX_SIZE}")
         table[index] = token
-    return tuple(table)
+    if not table:
+        raise UserError(f"{source} has no tokens; save it again")
+    return tuple(table.get(index, "") for index in range(max(table) + 1))

@@ -19,7 +19,7 @@ from test_tokenizer import DEFINITION
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.huggingface import dequantized, hf_names, hf_tensors, save_huggingface
+from picogpt_jax.formats.huggingface import dequantized, hf_tensors, save_huggingface
 from picogpt_jax.formats.sources import load_float
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
@@ -150,7 +150,7 @@ def test_what_pads_is_never_drawn(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_has_a_special_token_pads_with_it_and_no_row_is_added(tmp_path: Path) -> None:
-    model, vocabulary = random_model(), TokenizerVocabulary.from_definition(DEFINITION, 280, "it")
+    model, vocabulary = random_model(), TokenizerVocabulary.from_definition(DEFINITION, "it")
     config = dataclasses.replace(model.model, vocab_size=280)
     table = {"transformer.wte.weight": np.ones((280, 32), np.float32)}
     save_huggingface(config, dequantized(model) | table, vocabulary, tmp_path / "hf")
@@ -176,13 +176,14 @@ def test_what_was_written_is_read_back(tmp_path: Path, by_transformers: bool) ->
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_table_accounts_for_every_tensor(bias: bool) -> None:
+def test_every_bias_is_there_and_linear_layers_alone_are_transposed(bias: bool) -> None:
     model = random_model(bias=bias)
-    names = hf_names(model.model)
-    assert set(dequantized(model)) <= set(names)
-    assert len({hf_name for hf_name, _ in names.values()}) == len(names)
-    transposed = {name for name, (_, is_transposed) in names.items() if is_transposed}
-    assert transposed == {f"{name}.weight" for name in model.matrices if ".h." in name}
+    arrays, tensors = dequantized(model), hf_tensors(model.model, dequantized(model))
+    assert set(tensors) == set(dequantized(random_model(bias=True)))
+    assert not any(tensors[name].any() for name in set(tensors) - set(arrays))
+    for name, array in arrays.items():
+        is_linear = array.ndim == 2 and ".h." in name
+        np.testing.assert_array_equal(tensors[name], array.T if is_linear else array)
 
 
 def test_what_is_not_the_models_is_refused(tmp_path: Path) -> None:

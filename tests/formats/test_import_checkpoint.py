@@ -154,7 +154,7 @@ def test_no_scale_is_lost_to_rounding() -> None:
     np.testing.assert_array_equal(again.matrices[name].scale[:, 0], scales)
     np.testing.assert_array_equal(again.matrices[name].codes, model.matrices[name].codes)
     plain = model.matrices[name].dequantize()
-    imported = convert.float_matrix(source.params, name)
+    imported = convert.float_array(source.params, f"{name}.weight")
     np.testing.assert_allclose(imported, plain, rtol=2e-7, atol=0)
     assert (np.asarray(jax.jit(lambda x: x / 127)(plain[:, 0])) != scales).any(), (
         "a control: the plain product loses some"

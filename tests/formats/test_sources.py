@@ -16,7 +16,7 @@ from tiny import VOCABULARY, tiny_config
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_documents import tokenizer_files
 from picogpt_jax.formats.onnx_export import save_onnx
 from picogpt_jax.formats.sources import load_float, load_int8, load_numpy, load_onnx, recognise
 from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint

@@ -111,7 +111,7 @@ def int8_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_picogpt_loads_the_int8_file_and_computes_our_numbers(tmp_path: Path, granularity: Any, bias: bool) -> None:
     model = random_model(granularity, bias=bias)
-    save_int8_checkpoint(model, tmp_path / "model.pt", requantize="per_tensor")
+    save_int8_checkpoint(requantize_per_tensor(model), tmp_path / "model.pt")
     tokens = random_tokens(4, 16)
     theirs = load_as_picogpt_does(tmp_path / "model.pt")(tokens)
 
@@ -157,7 +157,7 @@ def test_an_int8_file_gives_back_the_same_model(tmp_path: Path, granularity: Any
     model = random_model(granularity, bias=bias, mlp_ratio=3)
     save_int8_checkpoint(model, tmp_path / "model.pt")
     assert_same(load_int8_checkpoint(tmp_path / "model.pt"), model)
-    save_int8_checkpoint(model, tmp_path / "model.pt", requantize="per_tensor")
+    save_int8_checkpoint(requantize_per_tensor(model), tmp_path / "model.pt")
     assert_same(load_int8_checkpoint(tmp_path / "model.pt"), requantize_per_tensor(model))
 
 

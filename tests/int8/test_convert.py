@@ -159,11 +159,11 @@ def test_rows_beyond_the_vocabulary_are_of_training_alone(granularity: Granulari
     def logits(network: GPT, variables: Any) -> np.ndarray:
         return np.asarray(jax.jit(network.apply, compiler_options=compiler_options())(variables, tokens))
 
-    trained = logits(GPT(padded, config.quant, "train", vocabulary_size=VOCABULARY.size), {"params": params})
-    served = logits(GPT(model.model, convert.serving_quant(model), "serve"), convert.serving_variables(model))
+    trained = logits(GPT(padded, Numerics(config.quant, "train"), vocabulary_size=VOCABULARY.size), {"params": params})
+    served = logits(GPT(model.model, Numerics(convert.serving_quant(model), "serve")), convert.serving_variables(model))
     np.testing.assert_array_equal(trained[..., : VOCABULARY.size], served)
     assert (trained[..., VOCABULARY.size :] < -1e38).all()
-    unmasked = logits(GPT(padded, config.quant, "train"), {"params": params})[..., : VOCABULARY.size]
+    unmasked = logits(GPT(padded, Numerics(config.quant, "train")), {"params": params})[..., : VOCABULARY.size]
     assert (np.abs(unmasked - served).max() > 1e-2) == (granularity == "per_tensor"), "the control"
 
 
@@ -259,7 +259,7 @@ def with_outlier(config: Config) -> Any:
 
 
 def float_logits(config: Config, params: Any) -> np.ndarray:
-    return np.asarray(jax.jit(GPT(config.model, convert.FLOAT, "float").apply)({"params": params}, TOKENS))
+    return np.asarray(jax.jit(GPT(config.model, Numerics(convert.FLOAT, "float")).apply)({"params": params}, TOKENS))
 
 
 @both
@@ -270,8 +270,8 @@ def test_folded_layer_norms_are_the_same_function(config: Config) -> None:
     assert expected.std() > 0.01
     np.testing.assert_allclose(float_logits(config, folded), expected, atol=1e-4)
     for name in (f"transformer.h.{layer}.ln_{which}" for layer in range(2) for which in (1, 2)):
-        assert set(convert.float_vector(folded, f"{name}.weight").tolist()) == {1.0}
-        assert not config.model.bias or not convert.float_vector(folded, f"{name}.bias").any()
+        assert set(convert.float_array(folded, f"{name}.weight").tolist()) == {1.0}
+        assert not config.model.bias or not convert.float_array(folded, f"{name}.bias").any()
 
 
 @pytest.mark.parametrize("qat", [False, True])

@@ -184,8 +184,11 @@ def nested(section: str, **changes: Any) -> Callable[[dict], object]:
         (nested("quantization", weight_bits=4), "quantization.weight_bits=4 is not one of 8"),
         (nested("quantization", activation_bits=16), "activation_bits=16 is not one of 8, None"),
         (nested("quantization", activation_bits="8"), "activation_bits='8' is not one of 8, None"),
-        (nested("quantization", group_size=64), r"quantization is \[.*'group_size'.*\]; expected the keys"),
-        (lambda config: config.update(quantization=None), "quantization is NoneType; expected the keys"),
+        (nested("quantization", group_size=64), r"quantization has unknown keys \['group_size'\]; it knows"),
+        (
+            lambda config: config.update(quantization=None),
+            "quantization must be a mapping .*, found NoneType",
+        ),
         (nested("quantization", symmetric=1), "symmetric=1 is not one of True"),
         (nested("quantization", quantize_attention=True), "quantize_attention=True is not one of False"),
         (nested("quantization", weight_granularity="per_tensor"), r"weight_scale is float32 \[.*, 1\]; .* \[1, 1\]"),
@@ -347,8 +350,6 @@ def test_the_size_report_adds_up(folder: Path) -> None:
     n_codes = 2 * (96 * 32 + 32 * 32 + 2 * 64 * 32) + 11 * 32 + 16 * 32
     n_scales = 2 * (96 + 32 + 64 + 32) + 11 + 16
     n_floats = 5 * 32
-    assert report.tensor_bytes[WTE] == 11 * 32
-    assert report.tensor_bytes[SCALE] == 11 * 4
     assert report.total_bytes == n_codes + 4 * (n_scales + n_floats)
     assert report.float32_bytes == 4 * (n_codes + n_floats)
     assert report.int8_share == pytest.approx(n_codes / (n_codes + n_floats))

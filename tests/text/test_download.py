@@ -89,7 +89,8 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def fetch(site: Site, path: Path, sha256: str | None = None, retries: int = 2, max_bytes: int = 1 << 20) -> None:
-    download.download(site.url + "text", path, sha256, 10.0, retries, False, backoff_seconds=0.0, max_bytes=max_bytes)
+    patience = {"timeout_seconds": 10.0, "retries": retries, "backoff_seconds": 0.0}
+    download.download(site.url + "text", path, sha256, max_bytes=max_bytes, **patience)
 
 
 @pytest.mark.parametrize("content_length", [None, -1])
@@ -129,7 +130,7 @@ def test_a_body_that_breaks_off_is_fetched_again(site: Site, tmp_path: Path) -> 
 def test_a_body_that_always_breaks_off_is_given_up(site: Site, tmp_path: Path, sleeps: list[float]) -> None:
     site.answers["/text"] = [Answer(BODY[:-9], content_length=len(BODY))]
     with pytest.raises(UserError, match=r"cannot download http://127.*/text: .*9 more expected.*; .*--input_file=TEXT"):
-        download.download(site.url + "text", tmp_path / "a.txt", retries=3, progress=False)
+        download.download(site.url + "text", tmp_path / "a.txt", retries=3)
     assert site.requested == ["/text"] * 4
     assert sleeps == [1, 2, 4]
     assert not list(tmp_path.iterdir())
@@ -160,7 +161,8 @@ def test_an_error_status_is_the_reason(site: Site, tmp_path: Path, status: int, 
 def test_a_server_that_does_not_answer_is_given_up(site: Site, tmp_path: Path) -> None:
     site.answers["/text"] = [Answer(hangs=True)]
     with pytest.raises(UserError, match=r"cannot download .*: .*[Tt]imed out.*--input_file=TEXT"):
-        download.download(site.url + "text", tmp_path / "a.txt", None, 0.1, 1, False, backoff_seconds=0.0)
+        patience = {"timeout_seconds": 0.1, "retries": 1, "backoff_seconds": 0.0}
+        download.download(site.url + "text", tmp_path / "a.txt", **patience)
     assert site.requested == ["/text"] * 2
 
 
@@ -172,7 +174,7 @@ def test_no_connection_is_one_line(
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
         with pytest.raises(UserError, match=rf"^cannot download {url}: .*Connection refused.*--input_file=TEXT$"):
-            download.download(url, tmp_path / "a.txt", retries=1, progress=False, backoff_seconds=0.0)
+            download.download(url, tmp_path / "a.txt", retries=1, backoff_seconds=0.0)
     assert not caplog.records
 
 

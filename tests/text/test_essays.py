@@ -81,7 +81,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def fetch(site: Site, folder: Path, **settings: Any) -> essays.Essays:
     return essays.fetch_essays(
-        folder, site.url, **{"delay_seconds": 0.0, "retries": 1, "backoff_seconds": 0.0, "progress": False, **settings}
+        folder, site.url, **{"delay_seconds": 0.0, "retries": 1, "backoff_seconds": 0.0, **settings}
     )
 
 

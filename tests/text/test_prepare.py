@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -80,14 +81,30 @@ def test_a_text_must_be_long_enough(tmp_path: Path) -> None:
 def test_an_interruption_leaves_no_vocabulary_of_another_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.prepare_text(TEXT, tmp_path, "text_char", "first")
 
-    def interrupt(path: Path, value: Any) -> None:
-        assert path == tmp_path / "meta.json"
-        raise KeyboardInterrupt
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "train.bin":
+            raise KeyboardInterrupt
+        os.rename(source, target)
 
-    monkeypatch.setattr(prepare, "write_json", interrupt)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare_text(TEXT.upper(), tmp_path, "text_char", "second")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
+
+
+def test_a_disk_without_room_for_the_vocabulary_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare.prepare_text(TEXT, tmp_path, "text_char", "first")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prepare, "write_json", full)
+    with pytest.raises(UserError, match=r"cannot write .*/meta.json: No space left on device; make room"):
+        prepare.prepare_text(TEXT.upper(), tmp_path, "text_char", "second")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:

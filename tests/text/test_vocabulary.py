@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.formats.hf_tokenizer import tokenizer_files
+from picogpt_jax.formats.hf_documents import tokenizer_files
 from picogpt_jax.text.reading import (
     MAX_PICKLE_BYTES,
     _unpickled,
