@@ -118,7 +118,7 @@ class Checkpoints:
 
     def _admit(self, state: Any) -> None:
         """Fits the limit of what is written at a time to a large state; an array's shard is written as a whole."""
-        wanted = orbax_io.bytes_to_write(state)
+        wanted = orbax_io.bytes_in_flight(state, orbax_io.WRITE_BYTES)
         if wanted > self._write_bytes:
             self.wait()
             self._manager.close()
