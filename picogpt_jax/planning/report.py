@@ -84,20 +84,8 @@ def _time(plan: Plan) -> list[str]:
 
 def format_comparison(plans: Sequence[Plan]) -> str:
     """Ranked plans as a table."""
-    header = [
-        "data",
-        "fsdp",
-        "tensor",
-        "batch",
-        "products",
-        "GiB a chip",
-        "ms/step",
-        "tokens/s",
-        "MFU",
-        "bound by",
-        "compiled",
-    ]
-    rows = [header]
+    measured = ["GiB a chip", "ms/step", "tokens/s", "MFU", "bound by", "compiled"]
+    rows = [["data", "fsdp", "tensor", "batch", "products", *measured]]
     for plan in plans:
         row = [*map(str, plan["mesh"].values()), str(plan["batch_size"])]
         row.append("int8" if plan["quant_mode"] == "int8" else "bfloat16")
