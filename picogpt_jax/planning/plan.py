@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-QUICK = {"exec_time_optimization_effort": -1.0}  # of the compiler, from -1 to 1
+QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # of the compiler, from -1 to 1
 LARGEST = 10  # collectives that are listed one by one
 
 

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -75,18 +74,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.wait()
-        try:
-            if error is None or jax.process_count() == 1:  # else another process may be gone, and closing waits for it
+            self._manager.close()
+        elif jax.process_count() == 1:  # else another process may be gone, and closing waits for it
+            with contextlib.suppress(Exception):  # what was not finished is less than the other error
                 self._manager.close()
-        except Exception:
-            if error is None:
-                raise
-            logging.info("a checkpoint was not finished, after another error", exc_info=True)
 
     @property
     def steps(self) -> list[int]:
