@@ -165,14 +165,3 @@ def batch_shares() -> int:
     """Over how many devices the batch is split where this is traced; without a mesh over one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def shard_bytes(array: Any) -> int:
-    """The bytes of an array, or of its abstract counterpart, on one device."""
-    shape = array.sharding.shard_shape(array.shape) if getattr(array, "sharding", None) else array.shape
-    return math.prod(shape) * array.dtype.itemsize
-
-
-def local_bytes(array: Any) -> int:
-    """Those on all devices of this process."""
-    return shard_bytes(array) * (len(array.sharding.addressable_devices) if getattr(array, "sharding", None) else 1)

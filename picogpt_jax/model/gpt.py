@@ -72,18 +72,11 @@ class LayerNorm(nn.Module):
         return y.astype(self.numerics.dtype)
 
 
-def split_heads(qkv_BTE: Float[Array, "B T E"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
-    """q, k and v of each head, from one array of width E = 3 C."""
-    batch, time, width = qkv_BTE.shape
-    qkv_3BHTD = qkv_BTE.reshape(batch, time, 3, n_head, width // (3 * n_head)).transpose(2, 0, 3, 1, 4)
+def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+    """q, k and v of each head, from [B, T, 3 C]; or from [B, T, 3, C], whose heads are split over devices."""
+    batch, time = qkv.shape[:2]
+    qkv_3BHTD = qkv.reshape(batch, time, 3, n_head, -1).transpose(2, 0, 3, 1, 4)
     return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
-
-
-def heads_of_parts(qkv_BT3C: Float[Array, "B T 3 C"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
-    """The same from q, k and v apart, whose heads are split over devices."""
-    batch, time, _, width = qkv_BT3C.shape
-    parts = lax.split(qkv_BT3C, (1, 1, 1), axis=2)
-    return tuple(part.reshape(batch, time, n_head, width // n_head).transpose(0, 2, 1, 3) for part in parts)
 
 
 def gelu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
@@ -121,7 +114,7 @@ class Attention(nn.Module):
         config, numerics = self.config, self.numerics
         batch, time, width = x_BTC.shape
         qkv = Dense(3 * width, ("embed", "qkv"), numerics, config.bias, parts=3, name="c_attn")(x_BTC)
-        heads = split_heads(qkv, config.n_head) if qkv.ndim == 3 else heads_of_parts(qkv, config.n_head)
+        heads = split_heads(qkv, config.n_head)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1

@@ -158,8 +158,7 @@ def _dot(
     """int8 x int8 -> int32, or float32 activations times int8 codes (weight-only)."""
     if lhs.dtype == rhs.dtype == jnp.int8:
         return int8_dot_general(lhs, rhs, dimension_numbers)
-    if lhs.dtype != rhs.dtype:
-        rhs = rhs.astype(lhs.dtype)
+    rhs = rhs.astype(lhs.dtype)
     return lax.dot_general(
         lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type
     )

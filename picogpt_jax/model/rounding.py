@@ -1,11 +1,8 @@
 """Float steps that give the same result in every runtime: on CPU computed in float64 and rounded once.
 
-A difference in an activation's last bit can move its int8 code by one, which is 1/127 of the token's largest value, and
-then spreads. The last bits of JAX, PyTorch, ONNX Runtime and NumPy differ for three reasons: they add up in different
-orders; they approximate exp, erf and rsqrt differently; their compilers may join a product and the sum after it into
-one instruction. So where a result is compared or served, sums and such functions are computed in float64 on CPU and
-rounded to the type of the operands, and a product is rounded before it is added. Training steps, whose dropout no other
-runtime repeats, compute in the type at hand, and so do accelerators.
+An activation's last bit can move its int8 code by one, and that spreads. Runtimes differ in it: in the order of sums,
+in exp, erf and rsqrt, and in joining a product with a sum. So what is compared or served computes these in float64 on
+CPU and rounds once. Training steps, whose dropout no other runtime repeats, and accelerators use the type at hand.
 """
 
 from collections.abc import Callable

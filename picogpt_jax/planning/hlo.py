@@ -130,7 +130,7 @@ def _parse_instruction(line: str) -> Instruction | None:
     if not found:
         return None
     rest = line[found.end() :]
-    result, rest = _until(rest, " ") if not rest.startswith("(") else _parentheses(rest)
+    result, rest = _parentheses(rest) if rest.startswith("(") else rest.partition(" ")[::2]
     opcode, _, rest = rest.strip().partition("(")
     arguments, attributes = _parentheses("(" + rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
@@ -145,11 +145,6 @@ def parse_arrays(text: str) -> tuple[HloArray, ...]:
         sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
         arrays.append(HloArray(dtype, sizes, int(space[1]) if space else 0))
     return tuple(arrays)
-
-
-def _until(text: str, end: str) -> tuple[str, str]:
-    head, _, tail = text.partition(end)
-    return head, tail
 
 
 def _parentheses(text: str) -> tuple[str, str]:

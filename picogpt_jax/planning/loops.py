@@ -6,11 +6,13 @@ as the loops around it run.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from picogpt_jax.planning.hlo import Computation, Instruction, Module
 
 COPIES = ("copy", "bitcast", "copy-start", "copy-done")
+MOST_TURNS = 1 << 16  # of a loop that is followed turn by turn
 
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
@@ -54,98 +56,54 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, loop: Instruction, around: Computation) -> int | None:
-    """How often the body of a counted loop runs: as the compiler notes it, else from `counter < bound`.
+    """How often the body of a loop runs: as the compiler notes it, else by following its counter turn by turn.
 
-    The counter need not grow by ones: the compiler unrolls the rings in which products and transfers alternate, and
-    one turn then does the work of two. None where the count cannot be read.
+    The compiler unrolls the rings in which products and transfers alternate, and notes no count there. None where
+    the counter or its bound follows from anything but constants, `add` and `LT`, or the loop would not end.
     """
     noted = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
-    condition = _Scope(module, module.called(loop, "condition"))
-    compare, scope = condition.find(condition.computation.root.name)
-    if compare.opcode != "compare" or compare.attribute("direction") != "LT":
+    condition, body = (module.called(loop, kind) for kind in ("condition", "body"))
+    state = _value(module, around, loop.operands[0], None)
+    for turn in range(MOST_TURNS):
+        goes_on = _value(module, condition, condition.root.name, [state])
+        if not goes_on:
+            return None if goes_on is None else turn
+        before, state = state, _value(module, body, body.root.name, [state])
+        if state == before:
+            return None
+    return None
+
+
+def _value(module: Module, computation: Computation, name: str, arguments: Sequence[Any] | None) -> Any:
+    """What an instruction computes: a number, a bool or a tuple of values; None for what is not followed.
+
+    Args:
+        arguments: the values of the computation's parameters; None: they are not known.
+    """
+    instruction = computation.by_name[name]
+    opcode = instruction.opcode
+    if opcode == "parameter":
+        return arguments[int(instruction.arguments)] if arguments else None
+    if opcode == "constant":
+        return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
+    if opcode not in ("tuple", "get-tuple-element", "fusion", "add", "compare", *COPIES):
         return None
-    counter, bound = (_start_and_step(scope.find(name), loop, _Scope(module, around)) for name in compare.operands)
-    if counter is None or bound is None or counter[1] <= 0 or bound[1] != 0:
+    if opcode != "tuple" and instruction.result[0].dims:
+        return None  # an array
+    operands = [_value(module, computation, operand, arguments) for operand in instruction.operands]
+    if opcode == "tuple":
+        return operands
+    if opcode in COPIES:
+        return operands[0]
+    if opcode == "get-tuple-element":
+        return operands[0][int(instruction.attribute("index") or 0)] if operands[0] else None
+    if opcode == "fusion":
+        inner = module.called(instruction)
+        return _value(module, inner, inner.root.name, operands)
+    if None in operands:
         return None
-    return len(range(counter[0], bound[0], counter[1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scope:
-    """Names of a computation; of a fused one, also what stands for its parameters: names in the scope around it."""
-
-    module: Module
-    computation: Computation
-    arguments: tuple[str, ...] = ()
-    around: "_Scope | None" = None
-
-    def find(self, name: str) -> "_Value":
-        """The instruction that computes a value, behind copies, fusions and tuples on the way to it."""
-        instruction = self.computation.by_name[name]
-        if instruction.opcode in COPIES:
-            return self.find(instruction.operands[0])
-        if instruction.opcode == "parameter" and self.around is not None:
-            return self.around.find(self.arguments[int(instruction.arguments)])
-        if instruction.opcode == "fusion":
-            inner = self.module.called(instruction)
-            return _Scope(self.module, inner, instruction.operands, self).find(inner.root.name)
-        if instruction.opcode == "get-tuple-element":
-            whole, scope = self.find(instruction.operands[0])
-            if whole.opcode == "tuple":
-                return scope.find(whole.operands[_index(instruction)])
-        return instruction, self
-
-
-_Value = tuple[Instruction, _Scope]
-
-
-def _start_and_step(value: _Value, loop: Instruction, around: _Scope) -> tuple[int, int] | None:
-    """Of an integer in a loop's condition: what it is before the first turn, and what each turn adds to it."""
-    constant = _constant(value)
-    if constant is not None:
-        return constant, 0
-    if not _is_state(value):
-        return None
-    index = _index(value[0])
-    start = _constant(_element(around.find(loop.operands[0]), index))
-    step = _step(_Scope(around.module, around.module.called(loop, "body")), index)
-    return None if start is None or step is None else (start, step)
-
-
-def _step(body: _Scope, index: int) -> int | None:
-    """What a turn adds to an element of the loop's state: a constant; 0 where it is handed on unchanged."""
-    after = _element(body.find(body.computation.root.name), index)
-    if after is None:
-        return None
-    if _is_state(after, index):
-        return 0
-    instruction, scope = after
-    terms = [scope.find(name) for name in instruction.operands] if instruction.opcode == "add" else []
-    if not any(_is_state(term, index) for term in terms):
-        return None
-    return next((number for term in terms if (number := _constant(term)) is not None), None)
-
-
-def _element(value: _Value, index: int) -> "_Value | None":
-    whole, scope = value
-    return scope.find(whole.operands[index]) if whole.opcode == "tuple" else None
-
-
-def _is_state(value: _Value, index: int | None = None) -> bool:
-    """Whether this is an element (the one at `index`) of what a loop carries, its body's or condition's parameter."""
-    instruction, scope = value
-    if instruction.opcode != "get-tuple-element" or index not in (None, _index(instruction)):
-        return False
-    return scope.around is None and scope.computation.by_name[instruction.operands[0]].opcode == "parameter"
-
-
-def _index(element: Instruction) -> int:
-    return int(element.attribute("index") or 0)
-
-
-def _constant(value: _Value | None) -> int | None:
-    if value is None or value[0].opcode != "constant" or not re.fullmatch(r"-?\d+", value[0].arguments):
-        return None
-    return int(value[0].arguments)
+    if opcode == "add":
+        return sum(operands)
+    return operands[0] < operands[1] if instruction.attribute("direction") == "LT" else None

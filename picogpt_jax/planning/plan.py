@@ -4,14 +4,13 @@ The TPU compiler (extra `tpu`: libtpu) describes a slice such as v5e:16x16 and c
 comes from the compiler, FLOPs and collectives from the program (`cost`), times from `roofline`.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-QUICK_EFFORT = -1.0  # of the compiler, from -1 to 1
+QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # of the compiler, from -1 to 1
 LARGEST = 10  # collectives that are listed one by one
 
 
@@ -97,25 +96,14 @@ def compile_step(config: Config, devices: Sequence[jax.Device], quick: bool = Fa
     shape = (1, config.train.batch_size, config.model.block_size + 1)
     batches = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch_sharding(trainer.mesh, 1))
     began = time.perf_counter()
-    with _effort(QUICK_EFFORT if quick else 0.0):
-        lowered = trainer.steps.lower(trainer.abstract_state, None, batches, trainer.mode_at(config.quant.start_step))
-        try:
-            program, too_large = lowered.compile(), None
-        except jax.errors.JaxRuntimeError as error:
-            program, too_large = None, _needed_bytes(str(error))
-            if too_large is None:
-                raise
-    return Compiled(trainer, program, too_large, time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _effort(effort: float) -> Iterator[None]:
-    before = jax.config.values["jax_exec_time_optimization_effort"]
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    lowered = trainer.steps.lower(trainer.abstract_state, None, batches, trainer.mode_at(config.quant.start_step))
     try:
-        yield
-    finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
+        program, too_large = lowered.compile(QUICK if quick else None), None
+    except jax.errors.JaxRuntimeError as error:
+        program, too_large = None, _needed_bytes(str(error))
+        if too_large is None:
+            raise
+    return Compiled(trainer, program, too_large, time.perf_counter() - began)
 
 
 def _needed_bytes(message: str) -> float | None:
@@ -157,27 +145,18 @@ def make_plan(config: Config, topology: str, quick: bool = False) -> dict[str, A
     if compiled.program is None:
         return plan
     cost = cost_of(hlo.parse_module(compiled.program.as_text()), mesh.size)
-    return (
-        plan
-        | _cost(cost, mesh, place)
-        | _times(cost, place, plan)
-        | {"left_out": [*roofline.LEFT_OUT, *cost.uncounted]}
-    )
+    left_out = [*roofline.LEFT_OUT, *cost.uncounted]
+    return plan | _cost(cost, mesh, place) | _times(cost, place, plan) | {"left_out": left_out}
 
 
 def _state_bytes(state: TrainState, devices_per_chip: int) -> dict[str, float]:
-    def total(tree: Any) -> float:
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    def share(tree: Any) -> float:
+    sizes: dict[str, float] = {}
+    for name, tree in {"parameter": state.params, "optimizer": state.opt_state}.items():
         leaves = jax.tree.leaves(tree)
         local = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-        return local * devices_per_chip
-
-    parts = {"parameter": state.params, "optimizer": state.opt_state}
-    return {f"{name}_bytes": total(tree) for name, tree in parts.items()} | {
-        f"{name}_bytes_per_chip": share(tree) for name, tree in parts.items()
-    }
+        sizes[f"{name}_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        sizes[f"{name}_bytes_per_chip"] = local * devices_per_chip
+    return sizes
 
 
 def _memory(compiled: Compiled, place: roofline.Slice) -> dict[str, Any]:

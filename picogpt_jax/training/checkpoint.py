@@ -7,13 +7,13 @@ they are read. In a run of several processes all of them call everything here, a
 its own devices.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -74,18 +74,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.wait()
-        try:
-            if error is None or jax.process_count() == 1:  # else another process may be gone, and closing waits for it
+            self._manager.close()
+        elif jax.process_count() == 1:  # else another process may be gone, and closing waits for it
+            with contextlib.suppress(Exception):  # what was not finished is less than the other error
                 self._manager.close()
-        except Exception:
-            if error is None:
-                raise
-            logging.info("a checkpoint was not finished, after another error", exc_info=True)
 
     @property
     def steps(self) -> list[int]:
@@ -108,17 +103,17 @@ class Checkpoints:
         self._admit(state)
         sealed = integrity.seal(meta, integrity.manifest(state))
         metrics = None if val_loss is None else integrity.metrics(val_loss)
-        last, self._saving = newest_step(self.folder.parent), step
+        self._saving = step
         try:
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"{self.folder} has vanished")
             orbax_io.save(self._manager, step, state, sealed, metrics)
         except Exception as error:
-            raise self._cannot_save(error, last) from error
+            raise self.failure(f"save step {step} in {self.folder}", error) from error
 
     def _admit(self, state: Any) -> None:
         """Fits the limit of what is written at a time to a large state; an array's shard is written as a whole."""
-        wanted = orbax_io.bytes_to_write(state)
+        wanted = orbax_io.bytes_in_flight(state, orbax_io.WRITE_BYTES)
         if wanted > self._write_bytes:
             self.wait()
             self._manager.close()
@@ -148,17 +143,17 @@ class Checkpoints:
                 raise FileNotFoundError(f"{self.folder / str(saving)} has vanished")
         except Exception as error:
             self._saving = saving
-            raise self._cannot_save(error, newest_step(self.folder.parent)) from error
+            raise self.failure(f"save step {saving} in {self.folder}", error) from error
 
-    def _cannot_save(self, error: Exception, last: int | None) -> Exception:
-        """What a failed save means to the user; TensorStore, Orbax and the system raise many types."""
+    def failure(self, what: str, error: Exception) -> Exception:
+        """What it means to the user that `what` failed; TensorStore, Orbax and the system raise many types."""
         if is_lost(error):
             return error
+        last = newest_step(self.folder.parent)
         kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
         reason = disk_failure(error) or _shortened(error)
         return UserError(
-            f"cannot save step {self._saving} in {self.folder}: {reason}; {kept}. Make room or give the folder back, "
-            "and start again with the same command"
+            f"cannot {what}: {reason}; {kept}. Make room or give the folder back, and start again with the same command"
         )
 
     def restore(self, abstract_state: Any, step: int) -> Restored:
@@ -183,22 +178,15 @@ class Checkpoints:
             raise integrity.MisfitError(f"checkpoint {where} does not fit: {error}") from error
         if arrays is not None:
             integrity.check_fits(arrays, abstract_state, where)
-        with together():
-            try:
-                state = orbax_io.read_state(self.folder, step, abstract_state)
-            except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
-                _check_passing(error, where)
-                raise UserError(f"checkpoint {where} is damaged or does not fit: {_shortened(error)}") from error
+        with together(), _reading(where):
+            state = orbax_io.read_state(self.folder, step, abstract_state)
         if arrays is not None:
             integrity.check_unchanged(arrays, state, where)
         return Restored(step=step, state=state, meta=meta)
 
     def _sealed(self, step: int) -> tuple[dict[str, Any], integrity.Manifest | None]:
-        try:
+        with _reading(self.folder / str(step)):
             return integrity.unseal(orbax_io.read_meta(self.folder, step))
-        except Exception as error:  # as in `restore`
-            _check_passing(error, self.folder / str(step))
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {_shortened(error)}") from error
 
     def restore_latest(self, abstract_state_of: Callable[[dict[str, Any]], Any]) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is reported and removed. None where there is none.
@@ -278,9 +266,15 @@ def _steps(workdir: str | os.PathLike[str]) -> set[int]:
     return {int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()}
 
 
-def _check_passing(error: Exception, where: Path) -> None:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
-        raise UnreadableError(f"checkpoint {where} cannot be read now: {error!r}; start again later") from error
+@contextlib.contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    """Says what fails as an error of the checkpoint `where`; Orbax, TensorStore and JSON raise many types."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            raise UnreadableError(f"checkpoint {where} cannot be read now: {error!r}; start again later") from error
+        raise UserError(f"checkpoint {where} is damaged: {_shortened(error)}") from error
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -70,7 +70,7 @@ def manifest(state: Any) -> Manifest:
     return {
         name: {
             "shape": list(np.shape(array)),
-            "dtype": str(jnp.asarray(array).dtype if isinstance(array, np.ndarray) else array.dtype),
+            "dtype": str(jax.dtypes.canonicalize_dtype(array.dtype)),
             "checksum": int(np.asarray(sums[name])),
         }
         for name, array in names.items()

@@ -28,7 +28,7 @@ from picogpt_jax.text.batches import Split, Tokens
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training import checkpoint
 from picogpt_jax.training.evaluate import Evaluator
-from picogpt_jax.training.metrics import MetricsWriter, ProgressBar
+from picogpt_jax.training.metrics import ProgressBar, Write, metrics_writer
 from picogpt_jax.training.optimizer import learning_rate_schedule
 from picogpt_jax.training.resume import begin, check_resumable
 from picogpt_jax.training.trainer import Batches, StepMetrics, Trainer, compute_dtype
@@ -129,8 +129,9 @@ def _train(
         val_loss, stopped_by = None, 0
         with distributed.together():
             is_first = distributed.is_first()
-            writer = MetricsWriter(workdir, config.log, config.to_dict(), resume_step, changes, enabled=is_first)
-            stack.enter_context(writer)
+            write = stack.enter_context(
+                metrics_writer(workdir, config.log, config.to_dict(), resume_step, changes, enabled=is_first)
+            )
             if is_first:
                 write_json(workdir / "config.json", config.to_dict())
                 vocabulary.save(workdir / "vocab.json")
@@ -157,7 +158,7 @@ def _train(
             val_loss = evaluator.loss(state.params, tokens["val"].ids, max_windows)
             if not math.isfinite(val_loss):
                 _stop_not_finite(f"the validation loss of step {step}", config, workdir, checkpoints)
-            writer.write(step, "val", {"loss": val_loss, unit: val_loss / math.log(2) * tokens_a_unit})
+            write(step, "val", {"loss": val_loss, unit: val_loss / math.log(2) * tokens_a_unit})
             # Before quant.start_step nothing is quantized yet: such a checkpoint is never the best one.
             ranked = mode == trainer.mode_at(config.train.max_iters - 1)
             best = min(best, val_loss) if ranked else best
@@ -166,7 +167,7 @@ def _train(
 
         batches = Batches(config, tokens["train"], trainer.mesh)
         with ProgressBar(config.train.max_iters, first, enabled=is_first) as progress:
-            log = TrainLog(config, writer, progress, trainer.mesh)
+            log = TrainLog(config, write, progress, trainer.mesh)
             signals = distributed.Largest()  # one process's signal stops all of them after the same step
             step = first
             for start, step in dispatches(config, first):
@@ -197,24 +198,21 @@ def _disk_errors(workdir: Path, checkpoints: checkpoint.Checkpoints) -> Iterator
     except OSError as error:
         if distributed.is_lost(error):
             raise
-        steps = checkpoints.steps
-        kept = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint had been written"
-        raise UserError(
-            f"cannot write to {workdir}: {error.strerror or error}; {kept}. Make room or give the folder back, and "
-            "start again with the same command"
-        ) from error
+        if jax.process_count() == 1:  # else another process may be gone, and it would be waited for
+            checkpoints.wait()
+        raise checkpoints.failure(f"write to {workdir}", error) from error
 
 
 class TrainLog:
     """Turns metrics into log lines, at most one dispatch late, so that the device never waits for the host."""
 
-    def __init__(self, config: Config, writer: MetricsWriter, progress: ProgressBar, mesh: Mesh) -> None:
-        self.config, self.writer, self.progress, self.mesh = config, writer, progress, mesh
+    def __init__(self, config: Config, write: Write, progress: ProgressBar, mesh: Mesh) -> None:
+        self.config, self.write, self.progress, self.mesh = config, write, progress, mesh
         self.schedule = learning_rate_schedule(config.optimizer)
         self.failed_step: int | None = None
         self._pending: list[tuple[int, int, StepMetrics]] = []
         self._losses: list[float] = []  # of the steps since the last line
-        self._seconds: list[float] = []
+        self._seconds = 0.0  # that they took
         self._began = time.perf_counter()
 
     def enqueue(self, start: int, stop: int, metrics: StepMetrics, flush: bool) -> None:
@@ -224,12 +222,11 @@ class TrainLog:
         those of the dispatch before, and no more.
         """
         self._pending.append((start, stop, metrics))
-        ready = [flush or _is_ready(item[2].loss) or item is not self._pending[-1] for item in self._pending]
-        read = [item for item, is_ready in zip(self._pending, ready, strict=True) if is_ready]
-        self._pending = self._pending[len(read) :]
-        losses = [np.asarray(item[2].loss) for item in read]  # waits for the device
+        n_read = len(self._pending) - (not flush and not _is_ready(metrics.loss))
+        read, self._pending = self._pending[:n_read], self._pending[n_read:]
         if not read:
             return
+        losses = [np.asarray(item[2].loss) for item in read]  # waits for the device
         now = time.perf_counter()
         step_seconds = (now - self._began) / (read[-1][1] - read[0][0])
         self._began = now
@@ -247,11 +244,11 @@ class TrainLog:
             self.failed_step = self.failed_step or start + int(np.argmin(np.isfinite(losses))) + 1
             return
         self._losses += losses.tolist()
-        self._seconds.append(step_seconds * (stop - start))
+        self._seconds += step_seconds * (stop - start)
         train = self.config.train
         if stop % train.log_interval and stop != train.max_iters:
             return
-        step_seconds = sum(self._seconds) / len(self._losses)
+        step_seconds = self._seconds / len(self._losses)
         tokens_per_second = train.batch_size * self.config.model.block_size / step_seconds
         values = {
             "loss": float(np.mean(self._losses)),
@@ -263,9 +260,9 @@ class TrainLog:
         flops_per_second = tokens_per_second * self.config.model.flops_per_token
         mfu = model_flops_utilization(flops_per_second, self.mesh.devices.flat[0].device_kind, self.mesh.size)
         values |= {} if mfu is None else {"mfu": mfu}
-        self.writer.write(stop, "train", values)
+        self.write(stop, "train", values)
         self.progress.update(stop, values["loss"], tokens_per_second)
-        self._losses, self._seconds = [], []
+        self._losses, self._seconds = [], 0.0
 
 
 def _is_ready(array: Any) -> bool:

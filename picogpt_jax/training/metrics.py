@@ -11,8 +11,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from absl import logging
 
@@ -22,7 +21,7 @@ from picogpt_jax.files import atomic_path
 from picogpt_jax.progress import IS_WIDGET, tqdm
 
 Event = dict[str, Any]
-Sink = Callable[[int, str, Mapping[str, float]], None]
+Write = Callable[[int, str, Mapping[str, float]], None]
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_SECONDS = 20  # to reach W&B's server, where WANDB_INIT_TIMEOUT does not say it
@@ -40,8 +39,17 @@ CONSOLE = {
 }
 
 
-class MetricsWriter:
-    """Writes the events of one run; a context manager.
+@contextlib.contextmanager
+def metrics_writer(
+    workdir: Path,
+    log: LogConfig,
+    config_dict: Mapping[str, Any],
+    resume_step: int | None = None,
+    changes: str = "",
+    *,
+    enabled: bool = True,
+) -> Iterator[Write]:
+    """Yields what writes the events of one run: `write(step, split, values)`, after `step` optimizer steps.
 
     A run resumed from the checkpoint of `resume_step` leaves the same file as one that was never interrupted: the lines
     of later steps are dropped first. So write what belongs to a step before you save its checkpoint.
@@ -52,56 +60,27 @@ class MetricsWriter:
         config_dict: `Config.to_dict()`; W&B shows it.
         resume_step: the step of the restored checkpoint; None for a new run, which starts an empty file.
         changes: what the resumed run changes of what it learns; an event of the split "resume" says it.
-        enabled: False makes every call do nothing, for the processes of a multi-host run that are not the first.
+        enabled: False writes nothing, for the processes of a multi-host run that are not the first.
 
     Raises:
         UserError: on entering: a mirror's package is missing, or the file is damaged or cannot be written.
     """
+    with contextlib.ExitStack() as stack:  # closes what is open already if a later one fails
+        writers: list[Write] = []
+        if enabled and log.tensorboard:
+            writers.append(stack.enter_context(_tensorboard(workdir, resume_step)))
+        if enabled and log.wandb:
+            writers.append(stack.enter_context(_wandb(workdir, log.wandb_project, config_dict, resume_step)))
+        if enabled:
+            writers.append(stack.enter_context(_json_lines(workdir / METRICS_FILE, resume_step, changes)))
+            writers.append(_console(config_dict["train"]["max_iters"]))
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike[str],
-        log: LogConfig,
-        config_dict: Mapping[str, Any],
-        resume_step: int | None = None,
-        changes: str = "",
-        *,
-        enabled: bool = True,
-    ) -> None:
-        self._workdir = Path(workdir)
-        self._log = log
-        self._config_dict = config_dict
-        self._resume_step = resume_step
-        self._changes = changes
-        self._enabled = enabled
-        self._sinks: list[Sink] = []
-        self._open_sinks = contextlib.ExitStack()
+        def write(step: int, split: str, values: Mapping[str, float]) -> None:
+            numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+            for one in writers:
+                one(step, split, numbers)
 
-    def __enter__(self) -> Self:
-        if self._enabled:
-            with contextlib.ExitStack() as stack:  # closes what is open already if a later sink fails
-                self._sinks = [stack.enter_context(sink) for sink in self._make_sinks()]
-                self._open_sinks = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._open_sinks.__exit__(kind, error, traceback)
-
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes one event: `values` (metric -> number) of `split` ("train" or "val") after `step` optimizer steps."""
-        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        for sink in self._sinks:
-            sink(step, split, numbers)
-
-    def _make_sinks(self) -> Iterator[contextlib.AbstractContextManager[Sink]]:
-        if self._log.tensorboard:
-            yield _tensorboard(self._workdir, self._resume_step)
-        if self._log.wandb:
-            yield _wandb(self._workdir, self._log.wandb_project, self._config_dict, self._resume_step)
-        yield _json_lines(self._workdir / METRICS_FILE, self._resume_step, self._changes)
-        yield contextlib.nullcontext(_console(self._config_dict["train"]["max_iters"]))
+        yield write
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Event]:
@@ -146,7 +125,7 @@ def _is_number_or_null(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _json_lines(path: Path, resume_step: int | None, changes: str) -> Iterator[Sink]:
+def _json_lines(path: Path, resume_step: int | None, changes: str) -> Iterator[Write]:
     resumed = resume_step is not None and path.exists()
     kept = [event for event in read_metrics(path) if event["step"] <= resume_step] if resumed else []
     kept += [{"step": resume_step, "split": "resume", "changes": changes}] if changes else []
@@ -161,7 +140,7 @@ def _json_lines(path: Path, resume_step: int | None, changes: str) -> Iterator[S
         yield write
 
 
-def _console(max_iters: int) -> Sink:
+def _console(max_iters: int) -> Write:
     """Evaluations go to stdout; training steps, which the progress bar shows, to the log (`--verbosity=0`)."""
 
     def write(step: int, split: str, values: Mapping[str, float]) -> None:
@@ -178,7 +157,7 @@ def _console(max_iters: int) -> Sink:
 
 
 @contextlib.contextmanager
-def _tensorboard(workdir: Path, resume_step: int | None) -> Iterator[Sink]:
+def _tensorboard(workdir: Path, resume_step: int | None) -> Iterator[Write]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -194,7 +173,7 @@ def _tensorboard(workdir: Path, resume_step: int | None) -> Iterator[Sink]:
 
 
 @contextlib.contextmanager
-def _wandb(workdir: Path, project: str, config_dict: Mapping[str, Any], resume_step: int | None) -> Iterator[Sink]:
+def _wandb(workdir: Path, project: str, config_dict: Mapping[str, Any], resume_step: int | None) -> Iterator[Write]:
     try:
         import wandb
     except ImportError:
@@ -231,7 +210,7 @@ def _missing(extra: str, package: str) -> UserError:
     )
 
 
-class ProgressBar:
+class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
     """The progress of a training run on stderr: loss, tokens per second, time left; a context manager.
 
     On a terminal and in a notebook it is a bar. Anywhere else (a file, CI) it is a line every ten seconds.
@@ -257,9 +236,6 @@ class ProgressBar:
             smoothing=0.05,  # a short average would take an evaluation for a slow-down
             dynamic_ncols=is_bar,
         )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

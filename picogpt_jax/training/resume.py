@@ -109,16 +109,10 @@ def check_resumable(
         for key, (there, here) in changed.items()
         if not _may_change(key, imported)
     ]
-    if differing and imported:
-        raise UserError(
-            f"{workdir} holds an imported model of another shape: {', '.join(differing)}; use its values, as "
-            "configs/finetune.py does, or another --workdir"
-        )
     if differing:
-        raise UserError(
-            f"{workdir} holds a run with another configuration: {', '.join(differing)}; "
-            "use its values, or another --workdir"
-        )
+        what = "an imported model of another shape" if imported else "a run with another configuration"
+        way = "use its values, as configs/finetune.py does" if imported else "use its values"
+        raise UserError(f"{workdir} holds {what}: {', '.join(differing)}; {way}, or another --workdir")
     if not load_vocabulary(workdir / "vocab.json").fits(vocabulary):
         raise UserError(f"{workdir} was trained on another vocabulary than {config.data.dir}; use another --workdir")
     if imported:

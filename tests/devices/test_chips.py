@@ -58,11 +58,11 @@ def test_mfu_is_relative_to_the_bfloat16_peak_of_all_devices() -> None:
 @pytest.mark.parametrize(("kind", "peak"), [("NVIDIA H200", 989e12), ("cpu", None)])
 def test_training_logs_the_mfu_of_devices_in_the_table(kind: str, peak: float | None) -> None:
     written: list[dict[str, float]] = []
-    writer: Any = types.SimpleNamespace(write=lambda step, split, values: written.append(values))
     progress: Any = types.SimpleNamespace(update=lambda *_: None)
     mesh: Any = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)] * 2), size=2)
     config = tiny_config()
-    TrainLog(config, writer, progress, mesh).enqueue(0, 2, StepMetrics(jnp.ones(2), jnp.ones(2)), flush=True)
+    log = TrainLog(config, lambda step, split, values: written.append(values), progress, mesh)
+    log.enqueue(0, 2, StepMetrics(jnp.ones(2), jnp.ones(2)), flush=True)
     (values,) = written
     if peak is None:
         assert "mfu" not in values

@@ -141,9 +141,10 @@ def test_a_ring_that_is_unrolled_by_two_turns_half_as_often() -> None:
         "%add.2858 = u32[] fusion(%constant.2..sunk, %gte.2), kind=kLoop, calls=%fused_add",
         "%copy.1 = u32[] copy(%gte.2)\n  %bitcast.1 = u32[] bitcast(%copy.1)\n"
         "  %add.9 = u32[] add(%constant.2..sunk, %bitcast.1)\n  %add.2858 = u32[] copy(%add.9)",
+        "%add.2858 = u32[] add(%gte.2, %gte.3)",  # by a number that the loop carries
     ],
 )
-def test_the_step_is_found_in_a_fusion_and_behind_copies(lines: str) -> None:
+def test_the_step_is_found_in_a_fusion_behind_copies_and_in_the_state(lines: str) -> None:
     assert SUM in RING
     assert times(parse_module(RING.replace(SUM, lines)))["permuted"] == 4
 
@@ -153,12 +154,11 @@ def test_the_step_is_found_in_a_fusion_and_behind_copies(lines: str) -> None:
     [
         "%add.2858 = u32[] multiply(%gte.2, %constant.2..sunk)",
         "%add.2858 = u32[] add(%gte.3, %constant.2..sunk)",  # another element of the state
-        "%add.2858 = u32[] add(%gte.2, %gte.3)",  # by a number that the loop carries
         "%add.2858 = u32[] add(%gte.2, %constant.0..sunk)",
         "%add.2858 = u32[] copy(%gte.2)",
     ],
 )
-def test_a_counter_whose_step_cannot_be_read_leaves_the_loop_unknown(lines: str) -> None:
+def test_a_counter_that_cannot_be_followed_or_never_arrives_leaves_the_loop_unknown(lines: str) -> None:
     items, unknown = executed(parse_module(RING.replace(SUM, lines)))
     assert unknown == ["while.342"]
     assert {item.instruction.name: item.times for item in items}["permuted"] == 1

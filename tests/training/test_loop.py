@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -33,7 +34,7 @@ from picogpt_jax.training import trainer as trainer_module
 from picogpt_jax.training.checkpoint import Checkpoints
 from picogpt_jax.training.evaluate import Evaluator
 from picogpt_jax.training.loop import Result, dispatches, train
-from picogpt_jax.training.metrics import MetricsWriter, read_metrics
+from picogpt_jax.training.metrics import metrics_writer, read_metrics
 from picogpt_jax.training.resume import NOTED_ON_RESUME
 from picogpt_jax.training.trainer import StepMetrics, Trainer, TrainState
 
@@ -403,14 +404,18 @@ def test_a_signal_during_the_last_steps_comes_too_late(
 def test_a_full_disk_ends_the_run_with_what_it_has(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = MetricsWriter.write
+    @contextlib.contextmanager
+    def full(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with metrics_writer(*arguments, **options) as write:
 
-    def full(self: MetricsWriter, step: int, *rest: Any) -> None:
-        if step > 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, step, *rest)
+            def write_while_there_is_room(step: int, *rest: Any) -> None:
+                if step > 4:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                write(step, *rest)
 
-    monkeypatch.setattr(MetricsWriter, "write", full)
+            yield write_while_there_is_room
+
+    monkeypatch.setattr(train_module, "metrics_writer", full)
     message = r"cannot write to .*: No space left on device; the last checkpoint is step 4\. Make room or give"
     with pytest.raises(UserError, match=message):
         train(finished.config, VOCABULARY, tmp_path)

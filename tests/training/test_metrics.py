@@ -15,7 +15,7 @@ import pytest
 from picogpt_jax.config import LogConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.training import metrics
-from picogpt_jax.training.metrics import MetricsWriter, ProgressBar, read_metrics
+from picogpt_jax.training.metrics import ProgressBar, metrics_writer, read_metrics
 
 PLAIN = LogConfig(tensorboard=False, wandb=False, wandb_project="test")
 TENSORBOARD = LogConfig(tensorboard=True, wandb=False, wandb_project="test")
@@ -24,17 +24,17 @@ CONFIG = {"train": {"max_iters": 30}}
 
 
 def write_steps(workdir: Path, steps: range, resume_step: int | None = None, log: LogConfig = PLAIN) -> None:
-    with MetricsWriter(workdir, log, CONFIG, resume_step) as writer:
+    with metrics_writer(workdir, log, CONFIG, resume_step) as write:
         for step in steps:
-            writer.write(step, "train", {"loss": 4.0 / (step + 1)})
+            write(step, "train", {"loss": 4.0 / (step + 1)})
             if step % 10 == 0:
-                writer.write(step, "val", {"loss": 5.0 / (step + 1), "bits_per_char": 1 / 3})
+                write(step, "val", {"loss": 5.0 / (step + 1), "bits_per_char": 1 / 3})
 
 
 def test_the_file_has_one_json_line_an_event(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, PLAIN, CONFIG) as writer:
-        writer.write(0, "val", {"loss": 4.25, "bits_per_char": 6.5})
-        writer.write(10, "train", {"loss": np.float32(2.5), "tokens": 4096})
+    with metrics_writer(tmp_path, PLAIN, CONFIG) as write:
+        write(0, "val", {"loss": 4.25, "bits_per_char": 6.5})
+        write(10, "train", {"loss": np.float32(2.5), "tokens": 4096})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 0, "split": "val", "loss": 4.25, "bits_per_char": 6.5},
@@ -44,15 +44,15 @@ def test_the_file_has_one_json_line_an_event(tmp_path: Path) -> None:
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, PLAIN, CONFIG) as writer:
-        writer.write(1, "train", {"loss": 1.0})
+    with metrics_writer(tmp_path, PLAIN, CONFIG) as write:
+        write(1, "train", {"loss": 1.0})
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 1.0}]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
-    with MetricsWriter(tmp_path, PLAIN, CONFIG) as writer:
-        writer.write(1, "train", {"loss": value})
+    with metrics_writer(tmp_path, PLAIN, CONFIG) as write:
+        write(1, "train", {"loss": value})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "split": "train", "loss": null}\n'
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] is None
 
@@ -75,7 +75,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
 
 def test_a_resumed_run_that_learns_otherwise_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, range(27))
-    with MetricsWriter(tmp_path, PLAIN, CONFIG, 20, "optimizer.learning_rate 0.03 -> 0.01"):
+    with metrics_writer(tmp_path, PLAIN, CONFIG, 20, "optimizer.learning_rate 0.03 -> 0.01"):
         pass
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last == {"step": 20, "split": "resume", "changes": "optimizer.learning_rate 0.03 -> 0.01"}
@@ -86,15 +86,15 @@ def test_resuming_refuses_a_damaged_file_and_leaves_it_alone(tmp_path: Path) -> 
     file.write_text("not json\n")
     with (
         pytest.raises(UserError, match=r"line 1: found 'not json'.*move the file away"),
-        MetricsWriter(tmp_path, PLAIN, CONFIG, resume_step=3),
+        metrics_writer(tmp_path, PLAIN, CONFIG, resume_step=3),
     ):
         pass
     assert file.read_text() == "not json\n"
 
 
 def test_a_writer_that_is_not_enabled_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with MetricsWriter(tmp_path, TENSORBOARD, CONFIG, enabled=False) as writer:
-        writer.write(1, "val", {"loss": 1.0})
+    with metrics_writer(tmp_path, TENSORBOARD, CONFIG, enabled=False) as write:
+        write(1, "val", {"loss": 1.0})
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
 
@@ -138,9 +138,9 @@ def test_reading_what_is_no_metrics_file(tmp_path: Path) -> None:
 def test_an_evaluation_is_printed_and_a_training_step_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="absl"), MetricsWriter(tmp_path, PLAIN, CONFIG) as writer:
-        writer.write(20, "val", {"loss": 1.9012, "bits_per_char": 2.7428})
-        writer.write(20, "train", {"loss": 1.8, "learning_rate": 3e-3, "tokens_per_second": 31234.4, "z": 0.5})
+    with caplog.at_level(logging.INFO, logger="absl"), metrics_writer(tmp_path, PLAIN, CONFIG) as write:
+        write(20, "val", {"loss": 1.9012, "bits_per_char": 2.7428})
+        write(20, "train", {"loss": 1.8, "learning_rate": 3e-3, "tokens_per_second": 31234.4, "z": 0.5})
     assert capsys.readouterr().out == "step 20/30  val loss 1.9012  bits/char 2.743\n"
     assert caplog.messages == ["step 20/30  train loss 1.8000  lr 3.00e-03  tokens/s 31,234  z 0.5"]
 
@@ -162,9 +162,9 @@ def tensorboard_scalars(folder: Path) -> list[tuple[str, int, float]]:
 
 def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    with MetricsWriter(tmp_path, TENSORBOARD, CONFIG) as writer:
-        writer.write(10, "val", {"loss": 1.5, "bits_per_char": 2.25})
-        writer.write(11, "train", {"loss": 1.25})
+    with metrics_writer(tmp_path, TENSORBOARD, CONFIG) as write:
+        write(10, "val", {"loss": 1.5, "bits_per_char": 2.25})
+        write(11, "train", {"loss": 1.25})
     assert tensorboard_scalars(tmp_path / "tensorboard") == [
         ("val/loss", 10, 1.5),
         ("val/bits_per_char", 10, 2.25),
@@ -219,7 +219,7 @@ def test_a_run_that_wandb_refuses_is_one_line_before_anything_is_written(
     if seconds == "20":
         monkeypatch.delenv("WANDB_INIT_TIMEOUT")
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
-    with pytest.raises(UserError) as caught, MetricsWriter(tmp_path, WANDB, CONFIG):
+    with pytest.raises(UserError) as caught, metrics_writer(tmp_path, WANDB, CONFIG):
         pass
     message = str(caught.value)
     assert message.startswith(f"log.wandb=True: W&B does not take the run: no reply after {seconds} s and much more")
@@ -238,7 +238,7 @@ def test_a_missing_package_names_its_extra_before_anything_is_written(
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setitem(sys.modules, package, None)
     message = rf"needs {package}.*picogpt_jax\[{extra}\].*--config\.log\.{extra}=False"
-    with pytest.raises(UserError, match=message), MetricsWriter(tmp_path, log, CONFIG):
+    with pytest.raises(UserError, match=message), metrics_writer(tmp_path, log, CONFIG):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
