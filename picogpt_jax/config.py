@@ -260,7 +260,6 @@ class Config:
 
 def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any:
     """Builds one section's dataclass from a mapping; unknown and missing keys are a `UserError` that names them."""
-    _check(isinstance(values, Mapping), f"{name} must be a mapping of keys to values, found {type(values).__name__}")
     fields = dataclasses.fields(section)
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     _check_names(name, values, [field.name for field in fields], optional)
@@ -268,9 +267,10 @@ def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any
 
 
 def _check_names(where: str, found: Mapping[str, Any], expected: Any, optional: Sequence[str] = ()) -> None:
-    unknown = sorted(set(found) - set(expected))
+    _check(isinstance(found, Mapping), f"{where} must be a mapping of keys to values, found {type(found).__name__}")
+    unknown = sorted(map(str, set(found) - set(expected)))
     missing = sorted(set(expected) - set(found) - set(optional))
-    _check(not unknown, f"{where} has unknown keys {unknown}; it knows {sorted(expected)}")
+    _check(not unknown, f"{where} has unknown keys {unknown!s:.100}; it knows {sorted(expected)}")
     _check(not missing, f"{where} lacks the keys {missing}")
 
 
@@ -290,7 +290,7 @@ def _check_types(section: Any, where: str) -> None:
             continue
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
-            _check(value in choices, f"{where}.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+            _check(value in choices, f"{where}.{name}={value!r:.60} is not one of {', '.join(map(repr, choices))}")
             continue
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if types.NoneType in allowed and value == "none":  # as the scripts' own flags spell it
@@ -298,6 +298,6 @@ def _check_types(section: Any, where: str) -> None:
             continue
         _check(
             type(value) in allowed,
-            f"{where}.{name}={value!r} is a {type(value).__name__}; expected "
+            f"{where}.{name}={value!r:.60} is a {type(value).__name__}; expected "
             + " or ".join(kind.__name__ for kind in allowed),
         )

@@ -27,6 +27,12 @@ def errors_in(source: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{source}: {error}") from None
 
 
+def reason(error: BaseException) -> str:
+    """What another library says, for a message of one line: both ends of a long text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
+
+
 def command(script: str, **flags: object) -> str:
     """A command for a message, which runs as it is printed from where this program was started.
 

@@ -75,6 +75,7 @@ def load_float_checkpoint(path: str | os.PathLike[str]) -> FloatCheckpoint:
         if kind != "torch-float":
             raise UserError("this is an int8 checkpoint; expected a float one")
         content = {"model_args": {}, "iter_num": 0, "best_val_loss": float("inf"), "config": {}} | content
+        check_keys("config", content["config"])
         check_plain("config", content["config"])
         found = renamed(stored_tensors("model", content["model"], Path(path).stat().st_size))
         model = model_from_args(content["model_args"], found, path)

@@ -29,7 +29,7 @@ except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
 from picogpt_jax.devices.cpu import can_flush_denormals, cores, denormals_flushed, has_vnni, is_small_call
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 
 LOGS_ERRORS = 3  # not warnings: of a file of an earlier release, one is about an optional input
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
@@ -81,9 +81,9 @@ class Session:
                     self._shared = open_session(self._model, PER_CORE)
             session = self._shared
         if feeds["input_ids"].shape[1] == 1:  # it sees every key
-            return session.run(outputs, feeds)
+            return _run(session, outputs, feeds)
         with denormals_flushed():
-            return session.run(outputs, feeds)
+            return _run(session, outputs, feeds)
 
     def run_all(self, outputs: list[str], feeds: Sequence[Callable[[], Feeds]]) -> list[Results]:
         """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
@@ -103,7 +103,7 @@ class Session:
                     except IndexError:
                         return
                     try:
-                        results[index] = self.onnx.run(outputs, feed())
+                        results[index] = _run(self.onnx, outputs, feed())
                     except BaseException:
                         left.clear()
                         raise
@@ -121,6 +121,13 @@ class Session:
         return [results[index] for index in range(len(feeds))]
 
 
+def _run(session: onnxruntime.InferenceSession, outputs: list[str], feeds: Feeds) -> Results:
+    try:
+        return session.run(outputs, feeds)
+    except Exception as error:  # onnxruntime has no class of its own above its exceptions
+        raise UserError(f"the ONNX model cannot be computed ({reason(error)}); export it again") from error
+
+
 def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxruntime.InferenceSession:
     """ONNX Runtime's session of a model on the CPU; raises a UserError where it cannot read that."""
     options = onnxruntime.SessionOptions()
@@ -136,8 +143,7 @@ def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxrun
         with denormals_flushed():  # the first session of a process would set this thread for good
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no class of its own above its exceptions
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason}); export it again, or "
-            "update onnxruntime: a --noexact export needs 1.24"
+            f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason(error)}); export it again, "
+            "or update onnxruntime: a --noexact export needs 1.24"
         ) from None

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, errors_in, reason
 from picogpt_jax.files import read_json
 from picogpt_jax.text.vocabulary import MAX_SIZE, Vocabulary
 
@@ -51,7 +51,7 @@ class TokenizerVocabulary(Vocabulary):
         try:
             tokenizer = library.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises nothing more special
-            raise UserError(f"the tokenizer is damaged ({error}); save it again with tokenizers") from None
+            raise UserError(f"the tokenizer is damaged ({reason(error)}); save it again with tokenizers") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -94,7 +94,9 @@ class TokenizerVocabulary(Vocabulary):
         for name, expected in (("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel"), ("model", "BPE")):
             found = _section(definition, name, source).get("type")
             if found != expected:
-                raise UserError(f"{source}: {name} is {found!r}; expected {expected!r}, as GPT-2's tokenizer has it")
+                raise UserError(
+                    f"{source}: {name} is {found!r:.60}; expected {expected!r}, as GPT-2's tokenizer has it"
+                )
         places = {"normalizer": definition, "add_prefix_space": definition["pre_tokenizer"]}
         places |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"), model)
         for name, section in places.items():
@@ -137,15 +139,17 @@ def read_tokenizer(folder: str | os.PathLike[str], size: int | None) -> Vocabula
     plain = not (definition.get("pre_tokenizer") or definition.get("normalizer")) and isinstance(added, list)
     plain = plain and all(isinstance(token, dict) and token.get("special") for token in added)  # they pad a batch
     if plain and model.get("type") == "BPE" and model.get("merges") == []:
-        vocab = _vocab(model, source)
+        itos = _table(_vocab(model, source), None, source)
         with errors_in(source):
-            return Vocabulary(_table(vocab, len(vocab), source))
+            return Vocabulary(itos)
     return TokenizerVocabulary.from_definition(definition, size, source)
 
 
 def _of_older_files(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer.json that transformers makes of GPT-2's own files."""
     library = _library()
+    vocab = read_json(Path(folder) / OLDER_FILES[0])
+    _table(_vocab({"vocab": vocab}, str(folder)), MAX_SIZE, str(folder))  # the library counts to the largest id
     optional = (Path(folder) / name for name in ("added_tokens.json", "tokenizer_config.json"))
     added, settings = (read_json(path) if path.is_file() else {} for path in optional)
     prefix = settings.get("add_prefix_space", False) if isinstance(settings, dict) else False
@@ -157,7 +161,9 @@ def _of_older_files(folder: str | os.PathLike[str]) -> Any:
         ids = {END_OF_TEXT: tokenizer.token_to_id(END_OF_TEXT)} | added
         tokenizer.add_special_tokens(sorted((token for token in ids if ids[token] is not None), key=ids.__getitem__))
     except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{folder}: {' and '.join(OLDER_FILES)} are damaged ({error}); download them again") from None
+        raise UserError(
+            f"{folder}: {' and '.join(OLDER_FILES)} are damaged ({reason(error)}); download them again"
+        ) from None
     if any(tokenizer.token_to_id(token) != index for token, index in ids.items()):
         raise UserError(f"{folder}: the ids of added_tokens.json do not follow those of vocab.json; download it again")
     return json.loads(tokenizer.to_str())
@@ -198,7 +204,7 @@ def _table(ids: dict[Any, Any], size: int | None, source: str) -> tuple[str, ...
     for token, index in ids.items():
         if not isinstance(token, str) or type(index) is not int or not 0 <= index < size or table[index]:
             raise UserError(
-                f"{source}: token {ascii(token)[:80]} has the id {index!r}; expected distinct ids below {size}"
+                f"{source}: token {ascii(token)[:80]} has the id {index!r:.40}; expected distinct ids below {size}"
             )
         table[index] = token
     return tuple(table)

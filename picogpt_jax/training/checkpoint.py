@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from picogpt_jax.devices.distributed import is_first, is_lost, together
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 from picogpt_jax.files import disk_failure
 from picogpt_jax.training import integrity, orbax_io
 
@@ -155,9 +155,9 @@ class Checkpoints:
         if is_lost(error):
             return error
         kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
-        reason = disk_failure(error) or _shortened(error)
+        why = disk_failure(error) or reason(error)
         return UserError(
-            f"cannot save step {self._saving} in {self.folder}: {reason}; {kept}. Make room or give the folder back, "
+            f"cannot save step {self._saving} in {self.folder}: {why}; {kept}. Make room or give the folder back, "
             "and start again with the same command"
         )
 
@@ -188,7 +188,7 @@ class Checkpoints:
                 state = orbax_io.read_state(self.folder, step, abstract_state)
             except Exception as error:  # Orbax, TensorStore and JSON raise many types for a damaged checkpoint
                 _check_passing(error, where)
-                raise UserError(f"checkpoint {where} is damaged or does not fit: {_shortened(error)}") from error
+                raise UserError(f"checkpoint {where} is damaged or does not fit: {reason(error)}") from error
         if arrays is not None:
             integrity.check_unchanged(arrays, state, where)
         return Restored(step=step, state=state, meta=meta)
@@ -198,7 +198,7 @@ class Checkpoints:
             return integrity.unseal(orbax_io.read_meta(self.folder, step))
         except Exception as error:  # as in `restore`
             _check_passing(error, self.folder / str(step))
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {_shortened(error)}") from error
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {reason(error)}") from error
 
     def restore_latest(self, abstract_state_of: Callable[[dict[str, Any]], Any]) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is reported and removed. None where there is none.
@@ -288,8 +288,3 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree, shardings
     )
-
-
-def _shortened(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
