@@ -14,8 +14,12 @@ class UserError(ValueError):
     """Something that the user can put right: the message says what was found, what was expected, what to change.
 
     Scripts print it as one line on stderr and exit with status 2 (see `picogpt_jax.cli`). Every other exception is a
-    defect of ours and keeps its traceback.
+    defect of ours and keeps its traceback. It is one line, of what a terminal can show.
     """
+
+    def __init__(self, message: object) -> None:
+        line = " ".join(str(message).splitlines())
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from mutations import change
 from safetensors.numpy import load_file
 from test_int8_model import random_model
 from test_sources import write_run
-from test_tokenizer import DEFINITION
+from test_tokenizer import DEFINITION, write_older_files
 from test_torch_checkpoint import float_tensors, save_float
 from test_torch_int8_checkpoint import picogpt_file
 from tiny import VOCABULARY, quick_compilation, tiny_config, write_data
@@ -176,12 +176,7 @@ def make_pickle(path: Path) -> None:
 
 def make_older_tokenizer(path: Path) -> None:
     path.mkdir()
-    model = DEFINITION["model"]
-    (path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (path / "added_tokens.json").write_text(json.dumps({"<|pad|>": len(model["vocab"])}))
-    (path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": False}))
+    write_older_files(path, added_tokens={"<|pad|>": 277}, tokenizer_config={"add_prefix_space": False})
 
 
 def make_tokenizer(path: Path) -> None:
