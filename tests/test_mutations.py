@@ -1,5 +1,7 @@
 """Every reader of files, on thousands of damaged ones: each is read, or refused in one line.
 
+But for GGUF files: llama.cpp reads those, and a crash of it would end the tests.
+
 A long run, of so many files in all: MUTATIONS=100000 python -m pytest tests/test_mutations.py
 """
 
@@ -213,24 +215,24 @@ def in_folder(name: str, save: Callable[[Path], object]) -> Callable[[Path], Non
 READERS = {
     "int8": Reader(150, 75, lambda path: save_int8_model(PLAIN, path), read_int8),
     "int8-per-tensor": Reader(
-        100, 100, lambda path: save_int8_model(random_model("per_tensor", None, bias=True), path), read_int8
+        75, 75, lambda path: save_int8_model(random_model("per_tensor", None, bias=True), path), read_int8
     ),
     "int8-in-numpy": Reader(500, 1, lambda path: save_int8_model(BIASED, path), read_numpy),
     "int8.pt": Reader(120, 120, in_folder("model.pt", lambda p: save_int8_checkpoint(PLAIN, p)), read_int8_file),
     "ckpt.pt": Reader(150, 150, in_folder("ckpt.pt", save_float), read_ckpt),
-    "picogpt.pt": Reader(80, 80, make_picogpt, read_picogpt),
+    "picogpt.pt": Reader(60, 60, make_picogpt, read_picogpt),
     "gpt2": Reader(150, 150, make_huggingface, read_float),
     "gpt2-biases": Reader(80, 80, lambda path: make_huggingface(path, BIASED), read_float),
     "gpt2-bin": Reader(80, 80, lambda path: make_huggingface(path, BIASED, "pytorch_model-{}.bin"), read_float),
-    "onnx": Reader(60, 1, lambda path: save_onnx(PLAIN, path), read_onnx),
+    "onnx": Reader(50, 1, lambda path: save_onnx(PLAIN, path), read_onnx),
     "tokens": Reader(400, 1, lambda path: write_data(path, "abcdefghij" * 9), read_tokens),
     "meta.json": Reader(500, 1, in_folder("meta.json", VOCABULARY.save), read_data),
     "vocab.json": Reader(500, 1, in_folder("vocab.json", VOCABULARY.save), read_vocabulary),
     "meta.pkl": Reader(500, 1, make_pickle, read_data),
     "tokenizer.json": Reader(300, 1, make_tokenizer, read_tokens_of_library),
     "merges.txt": Reader(300, 1, make_older_tokenizer, read_tokens_of_library),
-    "checkpoint": Reader(6, 6, lambda path: write_run(path, {4: 1.5}), read_float),
-    "config.json": Reader(500, 1, make_config, read_config),
+    "checkpoint": Reader(5, 6, lambda path: write_run(path, {4: 1.5}), read_float),
+    "config.json": Reader(400, 1, make_config, read_config),
     "metrics.jsonl": Reader(500, 1, make_log, read_log),
 }
 FACTOR = float(os.environ.get("MUTATIONS", 0)) / sum(reader.files for reader in READERS.values()) or 1.0
@@ -297,6 +299,7 @@ def write(folder: Path, files: dict[str, bytes | None]) -> None:
             (folder / name).write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of damaged checkpoints
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_SECONDS", 0.0)  # nobody replaces a damaged checkpoint
@@ -307,7 +310,7 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path, monkeypatc
     outcomes: Counter[str] = Counter()
     first: dict[str, str] = {}
     with quick_compilation():
-        reader.read(folder, True)
+        reader.read(folder, False)  # nothing is loaded later
         for seed in range(math.ceil(reader.files * FACTOR)):
             changed, what = change(files, np.random.default_rng([zlib.crc32(name.encode()), seed]))
             write(folder, changed)
@@ -318,7 +321,8 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path, monkeypatc
     print(name, outcomes["read"], "read", outcomes["refused"], "refused")
     wrong = [(times, outcome) for outcome, times in outcomes.most_common(40) if outcome not in ("read", "refused")]
     assert not wrong, "\n".join(f"{name}: {times} times {outcome}; first: {first[outcome]}" for times, outcome in wrong)
-    assert min(outcomes["read"], outcomes["refused"]) > 0, "all of them are read, or none"
+    if outcomes.total() > 20:
+        assert min(outcomes["read"], outcomes["refused"]) > 0, "all of them are read, or none"
 
 
 def ten_gigabytes(path: Path, deep: bool) -> None:
@@ -339,7 +343,7 @@ def endless(path: Path, deep: bool) -> None:
 
 
 def wordy(path: Path, deep: bool) -> None:
-    raise UserError("one\ntwo")
+    raise UserError("x" * 500)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +352,7 @@ def wordy(path: Path, deep: bool) -> None:
         (ten_gigabytes, "MemoryError"),
         (ten_gigabytes_refused, "memory: "),
         (endless, "HangError"),
-        (wordy, "a message of 7 characters"),
+        (wordy, "a message of 500 characters"),
         (lambda path, deep: [].pop(), "IndexError"),
     ],
 )
