@@ -45,9 +45,11 @@ class _Section:
                 object.__setattr__(self, name, None)
             elif choices:
                 is_one = any(type(value) is type(choice) and value == choice for choice in choices)
-                _check(is_one, f"{key}={value!r} is not one of {', '.join(map(repr, choices))}")
+                _check(is_one, f"{key}={value!r:.60} is not one of {', '.join(map(repr, choices))}")
             else:
-                _check(type(value) is kind, f"{key}={value!r} is a {type(value).__name__}; expected {kind.__name__}")
+                _check(
+                    type(value) is kind, f"{key}={value!r:.60} is a {type(value).__name__}; expected {kind.__name__}"
+                )
             for low, high in bounds:
                 _check(low <= value <= high, f"{key}={value} is not between {low} and {high}")
 
@@ -275,7 +277,7 @@ def section_from_dict(section: Any, name: str, values: Mapping[str, Any]) -> Any
 def check_names(where: str, found: Any, expected: Collection[str], optional: Collection[str] = ()) -> None:
     """Raises a UserError if `found` is no mapping, has a key that is not `expected`, or lacks one that is needed."""
     _check(isinstance(found, Mapping), f"{where} must be a mapping of keys to values, found {type(found).__name__}")
-    unknown = sorted(set(found) - set(expected))
+    unknown = sorted(map(str, set(found) - set(expected)))
     missing = sorted(set(expected) - set(found) - set(optional))
-    _check(not unknown, f"{where} has unknown keys {unknown}; it knows {sorted(expected)}")
+    _check(not unknown, f"{where} has unknown keys {unknown!s:.100}; it knows {sorted(expected)}")
     _check(not missing, f"{where} lacks the keys {missing}")

@@ -14,8 +14,12 @@ class UserError(ValueError):
     """Something that the user can put right: the message says what was found, what was expected, what to change.
 
     Scripts print it as one line on stderr and exit with status 2 (see `picogpt_jax.cli`). Every other exception is a
-    defect of ours and keeps its traceback.
+    defect of ours and keeps its traceback. It is one line, of what a terminal can show.
     """
+
+    def __init__(self, message: object) -> None:
+        line = " ".join(str(message).splitlines())
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
 
 @contextlib.contextmanager
@@ -25,6 +29,12 @@ def errors_in(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def reason(error: BaseException) -> str:
+    """What another library says, for a message of one line: both ends of a long text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
 
 
 def command(script: str, **flags: object) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 
 LOCK_FILE = ".lock"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -182,7 +182,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); write it again") from None
 
 
 def _integer(digits: str) -> int:

@@ -80,21 +80,21 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[
 def _model(config: Any) -> ModelConfig:
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != "gpt2":
-        raise UserError(f"model_type is {found!r}; expected 'gpt2', the one architecture that is computed here")
+        raise UserError(f"model_type is {found!r:.60}; expected 'gpt2', the one architecture that is computed here")
     config = DEFAULTS | config
     for key, (expected, meaning) in REQUIRED.items():
         if config[key] != expected:
-            raise UserError(f"{key} is {config[key]!r}, {meaning}; expected {expected!r}: no other is computed")
+            raise UserError(f"{key} is {config[key]!r:.60}, {meaning}; expected {expected!r}: no other is computed")
     activation = config["activation_function"]
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UserError(f"activation_function is {activation!r}; expected one of {sorted(ACTIVATIONS)}")
+        raise UserError(f"activation_function is {activation!r:.60}; expected one of {sorted(ACTIVATIONS)}")
     width, hidden = config["n_embd"], config["n_inner"]
     if hidden is None:
         mlp_ratio = 4
     elif type(hidden) is int and type(width) is int and width > 0 and hidden % width == 0:
         mlp_ratio = hidden // width
     else:
-        raise UserError(f"n_inner is {hidden!r}; expected a multiple of n_embd={width!r}")
+        raise UserError(f"n_inner is {hidden!r:.60}; expected a multiple of n_embd={width!r:.60}")
     same = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "layer_norm_epsilon")}
     same |= {"block_size": config["n_positions"], "dropout": config["resid_pdrop"]}
     return ModelConfig(**same, mlp_ratio=mlp_ratio, bias=True, activation=ACTIVATIONS[activation])
@@ -135,10 +135,11 @@ def _shards(folder: Path, tensors_file: str) -> dict[Path, set[str]]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index_file} has no weight_map of names to files; download it again")
+    present = os.listdir(folder)
     shards: dict[Path, set[str]] = {}
     for name, file in names.items():
-        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-            raise UserError(f"{index_file} names the file {str(file)[:80]!r}; expected one of {folder}")
+        if file not in present:
+            raise UserError(f"{index_file} names the file {file!r:.80}; expected one of {folder}")
         shards.setdefault(folder / file, set()).add(name)
     return shards
 

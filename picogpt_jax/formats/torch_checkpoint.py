@@ -8,6 +8,7 @@
 Only the first two are needed. `model_args` may name the `activation` too: nanoGPT's is `gelu`, the exact one.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,7 @@ def load_float_checkpoint(path: str | os.PathLike[str]) -> FloatCheckpoint:
             raise UserError("this is an int8 checkpoint; expected a float one")
         content = {"model_args": {}, "iter_num": 0, "best_val_loss": float("inf"), "config": {}} | content
         check_plain("config", content["config"])
+        check_keys("config", content["config"])
         found = renamed(stored_tensors("model", content["model"], Path(path).stat().st_size))
         model = model_from_args(content["model_args"], found, path)
         return FloatCheckpoint(
@@ -129,9 +131,11 @@ def _number(content: Mapping[str, Any], key: str, kind: type) -> Any:
     value = content[key]
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
-    if type(value) not in (int, float):
-        raise UserError(f"{key} is {type(value).__name__}; expected a number")
-    return kind(value)
+    with contextlib.suppress(ValueError, OverflowError):  # no step is infinite
+        if type(value) in (int, float):
+            return kind(value)
+    found = value if type(value) is float else type(value).__name__
+    raise UserError(f"{key} is {found}; expected a number")
 
 
 def _vocabulary(extra: Any) -> Vocabulary | None:

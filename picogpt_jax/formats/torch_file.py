@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs PyTorch; install it with: pip install 'picogpt_jax[torch]'") from error
 
-from picogpt_jax.errors import UserError, python_string
+from picogpt_jax.errors import UserError, python_string, reason
 from picogpt_jax.files import atomic_path
 from picogpt_jax.formats.gpt2_tensors import POSITIONS, is_buffer, our_name
 from picogpt_jax.int8.layout import Stored, shortened
@@ -175,7 +175,9 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a malformed table may raise anything: BadZipFile, struct.error, ...
-        raise UserError(f"{path} is no PyTorch checkpoint, or is truncated ({error}); save the model again") from None
+        raise UserError(
+            f"{path} is no PyTorch checkpoint, or is truncated ({reason(error)}); save the model again"
+        ) from None
 
 
 def _check_archive(path: Path) -> None:

@@ -88,7 +88,7 @@ def load_int8_checkpoint(path: str | os.PathLike[str]) -> Int8Model:
         check_plain(f"{EXTRA_KEY}.vocabulary", extra["vocabulary"])
         config, quantization, training = config_from_json(extra["config"])
         if content["model_args"] != model_args_of(config):
-            raise UserError(f"model_args is {content['model_args']!r}; {EXTRA_KEY} says {model_args_of(config)!r}")
+            raise UserError(f"model_args is {content['model_args']!r:.140}; {EXTRA_KEY} says {model_args_of(config)!r}")
         of_wpe = {f"{EXTRA_KEY}.{name}": extra[name] for name in ("wpe_int8", "wpe_scale")}
         found = _stored(content["model_state_dict"] | of_wpe, path)
         arrays = _read(config, quantization.weight_granularity, found, with_wpe=True)
@@ -165,7 +165,7 @@ def _check_type(content: Mapping[Any, Any]) -> None:
     check_plain("model_args", content["model_args"])
     check_plain("quantization_type", content["quantization_type"])
     if content["quantization_type"] != QUANTIZATION_TYPE:
-        raise UserError(f"quantization_type is {content['quantization_type']!r}; expected {QUANTIZATION_TYPE!r}")
+        raise UserError(f"quantization_type is {content['quantization_type']!r:.60}; expected {QUANTIZATION_TYPE!r}")
 
 
 def _int8_tensor(arrays: Mapping[str, np.ndarray], name: str) -> Int8Tensor:

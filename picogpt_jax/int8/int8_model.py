@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from picogpt_jax.config import Granularity, ModelConfig, check_names, section_from_dict
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, errors_in, reason
 from picogpt_jax.files import atomic_folder, read_json, write_json
 from picogpt_jax.int8.layout import (
     check_depth,
@@ -136,7 +136,7 @@ def check_json(name: str, value: Any) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} cannot be written as JSON: {error}") from None
+        raise UserError(f"{name} cannot be written as JSON: {reason(error)}") from None
 
 
 def save_int8_model(model: Int8Model, folder: str | os.PathLike[str]) -> None:
@@ -216,10 +216,10 @@ def config_from_json(value: Any) -> tuple[ModelConfig, Quantization, dict[str, A
     """
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
-        raise UserError(f"format is {found!r}; expected {FORMAT!r}: this is another kind of model")
+        raise UserError(f"format is {found!r:.60}; expected {FORMAT!r}: this is another kind of model")
     version = value.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(f"format_version is {version!r}; this picogpt_jax reads {FORMAT_VERSION}: update picogpt_jax")
+        raise UserError(f"format_version is {version!r:.40}; this picogpt_jax reads {FORMAT_VERSION}: update it")
     check_names("config.json", value, ("format", "format_version", "model", "quantization", "training"))
     check_json("training", value["training"])
     model, quantization = section_from_dict(ModelConfig, "model", value["model"]), value["quantization"]
@@ -233,7 +233,7 @@ def _check_quantization(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         choices = QUANTIZATION_CHOICES[name]
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise UserError(f"quantization.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+            raise UserError(f"quantization.{name}={value!r:.60} is not one of {', '.join(map(repr, choices))}")
 
 
 def requantize_per_tensor(model: Int8Model) -> Int8Model:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from picogpt_jax.config import Granularity, ModelConfig
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 
 # What a file holds: tensor name -> (dtype as numpy spells it, shape).
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -63,7 +63,7 @@ def check_layout(found: Layout, expected: Layout) -> None:
     for name, (dtype, shape) in expected.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]
-            raise UserError(f"{name} is {found_dtype} {list(found_shape)}; expected {dtype} {list(shape)}")
+            raise UserError(f"{name} is {found_dtype} {list(found_shape)!s:.80}; expected {dtype} {list(shape)}")
 
 
 def check_depth(model: ModelConfig, found: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ def stored_in_safetensors(path: Path, dtypes: Mapping[str, str] = SAFETENSORS_DT
         _check_names_occur_once(path)
         headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"is no readable safetensors file ({error}); write or download it again") from None
+        raise UserError(f"is no readable safetensors file ({reason(error)}); write or download it again") from None
     stored = {}
     for name, header in headers.items():
         layout = (dtypes.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
@@ -132,6 +132,6 @@ def _check_names_occur_once(path: Path) -> None:
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
     """The first of these names, for a message of one line."""
-    names = list(names)
+    names = [f"{name:.80}" for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "none") + more

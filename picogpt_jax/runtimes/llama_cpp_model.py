@@ -104,7 +104,7 @@ class LlamaCppGPT:
         self.vocabulary = _vocabulary(self._llama, path)
         try:
             self.config, _, _ = config_from_json(json.loads(metadata.get("picogpt_jax.config", "null")))
-        except ValueError as error:  # a UserError, too
+        except (ValueError, RecursionError) as error:  # a UserError, too
             raise UserError(f"{path}: picogpt_jax.config: {error}; convert it again with --to=gguf") from None
         self.block_size, self.vocab_size = self.config.block_size, self.vocabulary.size
 

@@ -204,7 +204,7 @@ class NumpyGPT:
             )
         self.ln_f = self._layer_norm("transformer.ln_f")
         if self._unread:
-            raise UserError(f"unknown tensors: {sorted(self._unread)[:8]}")
+            raise UserError(f"unknown tensors: {sorted(self._unread)[:8]!s:.200}")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "NumpyGPT":

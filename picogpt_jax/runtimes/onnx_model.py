@@ -83,9 +83,8 @@ class OnnxGPT:
         return 1 if self._session.is_large(self.block_size) else self._session.side_by_side
 
     def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
-        text = self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         try:
-            metadata = json.loads(text or "null")
+            metadata = json.loads(self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "null"))
         except (ValueError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict) or not {"config", "vocabulary"} <= set(metadata):
@@ -103,7 +102,8 @@ class OnnxGPT:
         expected = integers | dict.fromkeys(self._past, "tensor(float)")
         outputs = [value.name for value in self._session.onnx.get_outputs()]
         if found != expected or outputs != self._outputs:
-            raise UserError(f"its inputs are {sorted(found)} and its outputs {outputs}; export it again")
+            names = f"its inputs are {sorted(found)!s:.120} and its outputs {outputs!s:.120}"
+            raise UserError(f"{names}; export it again")
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache of no positions."""

@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("this needs onnxruntime; install it with: pip install 'picogpt_jax[onnx]'") from error
 
 from picogpt_jax.devices.cpu import cores, has_vnni, is_small_call
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 
 LOGS_ERRORS = 3  # not warnings: of a file of an earlier release, one is about an optional input
 PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
@@ -69,7 +69,7 @@ class Session:
     def run(self, outputs: list[str], feeds: Feeds) -> Results:
         """The outputs named; `feeds` holds `input_ids` and the other inputs."""
         is_shared = self.side_by_side > 1 and self.is_large(feeds["input_ids"].size)
-        return (self._by_all_cores if is_shared else self.onnx).run(outputs, feeds)
+        return _run(self._by_all_cores if is_shared else self.onnx, outputs, feeds)
 
     @functools.cached_property
     def _by_all_cores(self) -> onnxruntime.InferenceSession:
@@ -79,7 +79,14 @@ class Session:
         """`run` for each of `feeds`, made just before; `side_by_side` at a time with a thread each, however large."""
         if self.side_by_side == 1:
             return [self.run(outputs, feed()) for feed in feeds]
-        return list(self._threads.map(lambda feed: self.onnx.run(outputs, feed()), feeds))
+        return list(self._threads.map(lambda feed: _run(self.onnx, outputs, feed()), feeds))
+
+
+def _run(session: onnxruntime.InferenceSession, outputs: list[str], feeds: Feeds) -> Results:
+    try:
+        return session.run(outputs, feeds)
+    except Exception as error:  # onnxruntime has no class of its own above its exceptions
+        raise UserError(f"the ONNX model cannot be computed ({reason(error)}); export it again") from error
 
 
 def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -94,8 +101,7 @@ def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxrun
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no class of its own above its exceptions
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason}); export it again, or "
-            "update onnxruntime: a --noexact export needs 1.24"
+            f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason(error)}); export it again, "
+            "or update onnxruntime: a --noexact export needs 1.24"
         ) from None

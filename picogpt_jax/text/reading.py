@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, errors_in, reason
 from picogpt_jax.files import read_json
 from picogpt_jax.text.tokenizer import TokenizerVocabulary, has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
@@ -32,7 +32,7 @@ def vocabulary_from_json(value: Any, source: str) -> Vocabulary:
         raise UserError(f'{source} is not a character vocabulary; expected {{"type": "char", "itos": [...]}}')
     itos = value["itos"]
     if value.get("vocab_size", len(itos)) != len(itos):
-        raise UserError(f"{source} has vocab_size {value['vocab_size']!r} but {len(itos)} entries in itos")
+        raise UserError(f"{source} has vocab_size {value['vocab_size']!r:.40} but {len(itos)} entries in itos")
     with errors_in(source):
         return Vocabulary(tuple(itos))
 
@@ -118,7 +118,7 @@ def _plain_pickle(path: Path) -> Any:
     try:
         return _unpickled(data)
     except Exception as error:  # a malformed pickle may raise anything: ValueError, IndexError, KeyError, ...
-        raise UserError(f"{path} is not a plain pickle ({error}); prepare the text again") from None
+        raise UserError(f"{path} is not a plain pickle ({reason(error)}); prepare the text again") from None
 
 
 _STRINGS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from picogpt_jax.errors import UserError, errors_in
+from picogpt_jax.errors import UserError, errors_in, reason
 from picogpt_jax.files import read_json
 from picogpt_jax.text.vocabulary import MAX_SIZE, Vocabulary
 
@@ -49,7 +49,7 @@ class TokenizerVocabulary(Vocabulary):
         try:
             tokenizer = library.Tokenizer.from_str(self.definition)
         except Exception as error:  # the library raises nothing more special
-            raise UserError(f"the tokenizer is damaged ({error}); save it again with tokenizers") from None
+            raise UserError(f"the tokenizer is damaged ({reason(error)}); save it again with tokenizers") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -89,7 +89,9 @@ class TokenizerVocabulary(Vocabulary):
         for name, expected in (("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel"), ("model", "BPE")):
             found = _section(definition, name, source).get("type")
             if found != expected:
-                raise UserError(f"{source}: {name} is {found!r}; expected {expected!r}, as GPT-2's tokenizer has it")
+                raise UserError(
+                    f"{source}: {name} is {found!r:.60}; expected {expected!r}, as GPT-2's tokenizer has it"
+                )
         places = {"normalizer": definition, "add_prefix_space": definition["pre_tokenizer"]}
         places |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"), model)
         for name, section in places.items():
@@ -132,6 +134,8 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Vocabulary:
 def _of_older_files(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer.json that transformers makes of GPT-2's own files."""
     library = _library()
+    vocab = {"vocab": read_json(Path(folder) / OLDER_FILES[0])}
+    _table(_section(vocab, "vocab", str(folder)), str(folder))  # the library counts to the largest id
     optional = (Path(folder) / name for name in ("added_tokens.json", "tokenizer_config.json"))
     added, settings = (read_json(path) if path.is_file() else {} for path in optional)
     prefix = settings.get("add_prefix_space", False) if isinstance(settings, dict) else False
@@ -143,7 +147,9 @@ def _of_older_files(folder: str | os.PathLike[str]) -> Any:
         ids = {END_OF_TEXT: tokenizer.token_to_id(END_OF_TEXT)} | added
         tokenizer.add_special_tokens(sorted((token for token in ids if ids[token] is not None), key=ids.__getitem__))
     except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{folder}: {' and '.join(OLDER_FILES)} are damaged ({error}); download them again") from None
+        raise UserError(
+            f"{folder}: {' and '.join(OLDER_FILES)} are damaged ({reason(error)}); download them again"
+        ) from None
     if any(tokenizer.token_to_id(token) != index for token, index in ids.items()):
         raise UserError(f"{folder}: the ids of added_tokens.json do not follow those of vocab.json; download it again")
     return json.loads(tokenizer.to_str())
@@ -179,7 +185,7 @@ def _table(ids: dict[Any, Any], source: str) -> tuple[str, ...]:
     table: dict[int, str] = {}
     for token, index in ids.items():
         if not isinstance(token, str) or type(index) is not int or not 0 <= index < MAX_SIZE or index in table:
-            found = f"token {ascii(token)[:80]} has the id {index!r}"
+            found = f"token {ascii(token)[:80]} has the id {index!r:.40}"
             raise UserError(f"{source}: {found}; expected distinct ids below {MAX_SIZE}")
         table[index] = token
     if not table:

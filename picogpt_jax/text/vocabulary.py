@@ -145,7 +145,7 @@ class TokenIds(Vocabulary):
     @classmethod
     def of_size(cls, size: Any, source: str) -> Self:
         if type(size) is not int or not 1 <= size <= MAX_SIZE:
-            raise UserError(f"{source}: a vocabulary of {size!r} ids; 1 to {MAX_SIZE} fit in uint16 ids")
+            raise UserError(f"{source}: a vocabulary of {size!r:.40} ids; 1 to {MAX_SIZE} fit in uint16 ids")
         return cls(("",) * size)
 
     def require_text(self) -> NoReturn:

@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from picogpt_jax.devices.distributed import is_first, is_lost, together
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, reason
 from picogpt_jax.files import disk_failure
 from picogpt_jax.training import integrity, orbax_io
 
@@ -151,9 +151,9 @@ class Checkpoints:
             return error
         last = newest_step(self.folder.parent)
         kept = f"the last checkpoint is step {last}" if last is not None else "there is no earlier checkpoint"
-        reason = disk_failure(error) or _shortened(error)
+        why = disk_failure(error) or reason(error)
         return UserError(
-            f"cannot {what}: {reason}; {kept}. Make room or give the folder back, and start again with the same command"
+            f"cannot {what}: {why}; {kept}. Make room or give the folder back, and start again with the same command"
         )
 
     def restore(self, abstract_state: Any, step: int) -> Restored:
@@ -274,7 +274,7 @@ def _reading(where: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
             raise UnreadableError(f"checkpoint {where} cannot be read now: {error!r}; start again later") from error
-        raise UserError(f"checkpoint {where} is damaged: {_shortened(error)}") from error
+        raise UserError(f"checkpoint {where} is damaged: {reason(error)}") from error
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -282,8 +282,3 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree, shardings
     )
-
-
-def _shortened(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"

@@ -147,9 +147,9 @@ def val_loss(stored: dict[str, float]) -> float:
     """
     loss = stored["val_loss"]
     if not isinstance(loss, float | int) or not math.isfinite(loss):
-        raise TypeError(f"a validation loss of {loss!r}")
+        raise TypeError(f"a validation loss of {loss!r:.60}")
     if "crc32" in stored and stored != metrics(loss):
-        raise TypeError(f"a validation loss of {loss!r}, which is not the one that was saved")
+        raise TypeError(f"a validation loss of {loss!r:.60}, which is not the one that was saved")
     return loss
 
 

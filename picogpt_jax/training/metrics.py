@@ -105,7 +105,7 @@ def _parse_event(line: str, where: str) -> Event:
         event = None
     if not _is_event(event):
         raise UserError(
-            f'{where}: found {line[:80]!r}, expected an event such as {{"step": 250, "split": "val", "loss": 1.9}}; '
+            f'{where}: found {line!r:.80}, expected an event such as {{"step": 250, "split": "val", "loss": 1.9}}; '
             "remove the line, or move the file away"
         )
     return event

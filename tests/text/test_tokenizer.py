@@ -225,3 +225,6 @@ def test_damaged_or_lossy_older_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("no such merge")
     with pytest.raises(UserError, match=r"vocab.json and merges.txt are damaged \("):
         read_tokenizer(tmp_path)
+    (write_older_files(tmp_path) / "vocab.json").write_text('{"a": 0, "b": 10000000}')  # bytes of memory, times four
+    with pytest.raises(UserError, match=r"token 'b' has the id 10000000; expected distinct ids below 65536"):
+        read_tokenizer(tmp_path)
