@@ -334,7 +334,7 @@ def test_a_seed_gives_the_text_that_it_always_gave() -> None:
 def test_cuda_draws_the_same_text_and_has_the_same_loss() -> None:
     model, prompt, data = random_model(activation_bits=None), random_tokens(2, 3), random_tokens(1, 50)[0].numpy()
     on_cpu, on_cuda = Int8GPT(model), Int8GPT(model).to("cuda")
-    text = on_cuda.generate(prompt.to("cuda"), 30, seed=5, callback=lambda token_B: token_B.numpy())
+    text = on_cuda.generate(prompt.to("cuda"), 30, seed=5)
     assert text.device.type == "cuda"
     assert torch.equal(text.cpu(), on_cpu.generate(prompt, 30, seed=5))
     assert on_cuda.evaluate(data, 16) == pytest.approx(on_cpu.evaluate(data, 16), rel=1e-5)
