@@ -2,7 +2,7 @@
 
 Compiles the real training step for a slice that is not here; needs `pip install 'picogpt_jax[tpu]'`, no TPU:
 `python scripts/plan.py --config=configs/gpt2_xl.py --topology=v5e:16x16 [--config.mesh.fsdp=16] [--json=FILE]`.
---compare ranks meshes, batch sizes, int8 and bfloat16.
+--compare ranks meshes, batch sizes, int8 and bfloat16; --weak_scaling takes the same work a chip to larger slices.
 """
 
 import dataclasses
@@ -26,8 +26,16 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configurat
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
 JSON = cli.DEFINE_path("json", None, "File for the plan, or the list of plans.")
 COMPARE = flags.DEFINE_bool("compare", False, "Rank meshes and batch sizes, int8 beside bfloat16.")
-MESHES = flags.DEFINE_list("meshes", None, "Those to compare: data x fsdp x tensor, such as 256x1x1,16x16x1.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "Those to compare; default: the configuration's, and twice that.")
+MESHES = flags.DEFINE_list(
+    "meshes", None, "data x fsdp x tensor, such as 256x1x1,16x16x1: those to compare, or one a slice."
+)
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", None, "Those to compare (default: the configuration's, and twice that), or to scale from."
+)
+WEAK_SCALING = flags.DEFINE_list(
+    "weak_scaling", None, "Slices of growing size, such as v5e:2x2,v5e:16x16; the batch is that of the first."
+)
+PNG = cli.DEFINE_path("png", None, "--weak_scaling: file for a picture.")
 QUICK = flags.DEFINE_bool(
     "quick",
     None,
@@ -54,7 +62,7 @@ def main() -> None:
 def plan(config: Config) -> Any:
     from picogpt_jax.planning import report  # after set_up_jax
     from picogpt_jax.planning.plan import make_plan, topology_devices
-    from picogpt_jax.planning.sweep import compare, mesh_shapes
+    from picogpt_jax.planning.sweep import compare, mesh_shapes, weak_scaling
 
     meshes = [_mesh(text) for text in MESHES.value or ()]
     if COMPARE.value:
@@ -64,6 +72,16 @@ def plan(config: Config) -> Any:
         plans = compare(config, TOPOLOGY.value, meshes, batch_sizes, QUICK.value)
         print(report.format_comparison(plans))
         return plans
+    if WEAK_SCALING.value:
+        series = {}
+        for batch_size in map(_number, BATCH_SIZES.value or (config.train.batch_size,)):
+            first = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
+            plans = weak_scaling(first, WEAK_SCALING.value, meshes, bool(QUICK.value))
+            print(report.format_scaling(plans))
+            series |= {report.scaling_label(plans[0]): plans} if plans else {}
+        if PNG.value is not None:
+            report.plot_scaling(series, PNG.value, "Weak scaling by the plan")
+        return [plan for plans in series.values() for plan in plans]
     result = make_plan(config, TOPOLOGY.value, bool(QUICK.value))
     print(report.format_plan(result))
     return result

@@ -1,7 +1,10 @@
-"""Plans as text."""
+"""Plans as text and as a picture."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from picogpt_jax.training.plot import COLOURS, save_png, styled_figure
 
 Plan = Mapping[str, Any]
 
@@ -110,8 +113,52 @@ def _bound(plan: Plan) -> str:
     return max(("compute", "memory", "interconnect"), key=lambda what: plan[f"{what}_ms"])
 
 
+def format_scaling(plans: Sequence[Plan]) -> str:
+    """Plans of a weak scaling as a table."""
+    rows = [["topology", "chips", "batch", "ms/step", "tokens/s", "tokens/s a chip", "MFU", "efficiency"]]
+    for plan in plans:
+        rate = plan["tokens_per_second"]
+        rows.append([plan["topology"], str(plan["chips"]), str(plan["batch_size"]), f"{plan['step_time_ms']:.1f}"])
+        rows[-1] += [f"{rate:,.0f}", f"{rate / plan['chips']:,.0f}", f"{plan['mfu']:.1%}", f"{plan['efficiency']:.1%}"]
+    return "\n".join(_table(rows))
+
+
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with aligned columns; a row may end early with a long remark."""
     full = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+
+
+def scaling_label(plan: Plan) -> str:
+    """What the plans of one weak scaling have in common."""
+    return f"{plan['chip']}, {_mode(plan)}, {plan['batch_size'] / plan['chips']:g} sequences a chip"
+
+
+def plot_scaling(series: Mapping[str, Sequence[Plan]], png_path: str | os.PathLike[str], title: str) -> None:
+    """Draws tokens/s a chip, relative to the smallest slice, against the number of chips.
+
+    Args:
+        series: label -> the plans of one weak scaling.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    with styled_figure(8, 4.2) as figure:
+        from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+        axes: Any = figure.subplots()
+        for (label, plans), colour in zip(series.items(), COLOURS, strict=False):
+            chips = [plan["chips"] for plan in plans]
+            axes.plot(chips, [plan["efficiency"] for plan in plans], "o-", color=colour, label=label)
+        axes.axhline(0.9, color="#8a8f98", linewidth=0.8, linestyle="--")
+        axes.set(title=title, xlabel="chips", ylabel="tokens/s a chip, of the smallest slice's", xscale="log")
+        largest = max((plan["efficiency"] for plans in series.values() for plan in plans), default=1.0)
+        axes.set_ylim(0.0, 1.06 * max(1.0, largest))
+        axes.set_xticks(sorted({plan["chips"] for plans in series.values() for plan in plans}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(color="#e4e7eb", linewidth=0.8)
+        axes.legend(loc="lower left", edgecolor="none")
+    save_png(figure, png_path, dpi=110)

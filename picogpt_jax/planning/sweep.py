@@ -1,14 +1,14 @@
-"""Many plans: meshes, batch sizes and types compared on one slice."""
+"""Many plans: meshes, batch sizes and types compared on one slice, and slices of growing size."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from picogpt_jax.config import Config, MeshConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.planning.plan import make_plan
+from picogpt_jax.planning.plan import make_plan, topology_devices
 
 FULL = 2  # plans of each type that a comparison compiles in full
 
@@ -74,3 +74,33 @@ def _outcome(plan: dict[str, Any]) -> str:
         return "does not fit"
     how = "quickly" if plan["quick"] else "in full"
     return f"{plan['step_time_ms']:.1f} ms, MFU {plan['mfu']:.1%}, compiled {how} in {plan['compile_seconds']:.0f} s"
+
+
+def weak_scaling(
+    config: Config,
+    topologies: Iterable[str],
+    meshes: Sequence[MeshConfig] = (),
+    quick: bool = False,
+    progress: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Plans on slices of growing size with the same work a chip: `train.batch_size` is that of the first.
+
+    Args:
+        meshes: one for each slice; default: the configuration's on all of them.
+
+    Each plan also has `efficiency`: its tokens/s a chip, relative to the first's. Those that do not fit are left out.
+    """
+    plans: list[dict[str, Any]] = []
+    sizes = {topology: len(topology_devices(topology)) for topology in topologies}
+    smallest = next(iter(sizes.values()))
+    if meshes and len(meshes) != len(sizes):
+        raise UserError(f"there are {len(meshes)} meshes for {len(sizes)} slices; give one for each, or none")
+    for (topology, devices), mesh in zip(sizes.items(), meshes or [config.mesh] * len(sizes), strict=True):
+        train = dataclasses.replace(config.train, batch_size=config.train.batch_size * devices // smallest)
+        plan = make_plan(dataclasses.replace(config, train=train, mesh=mesh), topology, quick)
+        if "mfu" in plan:
+            plans.append(plan)
+            per_chip = [item["tokens_per_second"] / item["chips"] for item in (plan, plans[0])]
+            plan["efficiency"] = per_chip[0] / per_chip[1]
+        progress(f"{topology}: {_outcome(plan)}")
+    return plans

@@ -1,4 +1,7 @@
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from picogpt_jax.planning import report
 
@@ -66,3 +69,19 @@ def test_a_comparison_names_what_bounds_each_plan_and_why_others_failed() -> Non
     assert lines[1].split() == ["2", "2", "1", "16", "int8", "7.00", "4.0", "512,000", "25.0%", "compute", "in", "full"]
     assert lines[2].split() == ["2", "2", "1", "16", "int8", "20.00", "does", "not", "fit"]
     assert lines[3].split() == ["1", "1", "4", "16", "bfloat16", "2", "heads", "do", "not", "divide"]
+
+
+def test_a_weak_scaling_as_text_and_picture(tmp_path: Path) -> None:
+    larger = row(topology="v5e:4x4", chips=16, batch_size=64, tokens_per_second=1.9e6, efficiency=0.928)
+    text = report.format_scaling([row(), larger])
+    assert text.splitlines()[2].split() == ["v5e:4x4", "16", "64", "4.0", "1,900,000", "118,750", "25.0%", "92.8%"]
+    png = tmp_path / "scaling.png"
+    assert report.scaling_label(larger) == "TPU v5e, int8 QAT, 4 sequences a chip"
+    report.plot_scaling({report.scaling_label(larger): [row(), larger]}, png, "Weak scaling")
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(Exception, match=r"picogpt_jax\[plot\]"):
+        report.plot_scaling({"": [row()]}, tmp_path / "x.png", "")

@@ -64,3 +64,22 @@ def test_the_best_of_each_type_are_compiled_in_full(monkeypatch: pytest.MonkeyPa
     assert len(said) == 4 * 2 * 2 + 4
     every = sweep.compare(tiny_config(), "v5e:2x2", meshes, [32], quick=True, progress=said.append)
     assert all(quick for _, _, quick in shapes(every))
+
+
+def test_weak_scaling_grows_the_batch_with_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "make_plan", fake_plan)
+    monkeypatch.setattr(sweep, "topology_devices", lambda name: [None] * int(name[-1]) ** 2)
+    config = tiny_config(train__batch_size=2)
+    rows = sweep.weak_scaling(config, ["v5e:2x2", "v5e:4x4"], progress=lambda line: None)
+    assert [(row["chips"], row["batch_size"]) for row in rows] == [(4, 2), (16, 8)]
+    assert [row["efficiency"] for row in rows] == [1.0, pytest.approx(0.5)]
+
+
+def test_a_weak_scaling_takes_a_mesh_for_each_slice_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "make_plan", fake_plan)
+    monkeypatch.setattr(sweep, "topology_devices", lambda name: [None] * int(name[-1]) ** 2)
+    meshes = [MeshConfig(data=1, fsdp=4, tensor=1), MeshConfig(data=2, fsdp=8, tensor=1)]
+    rows = sweep.weak_scaling(tiny_config(), ["v5e:2x2", "v5e:4x4"], meshes, progress=lambda line: None)
+    assert [row["mesh"]["fsdp"] for row in rows] == [4, 8]
+    with pytest.raises(UserError, match="2 meshes for 1 slices"):
+        sweep.weak_scaling(tiny_config(), ["v5e:2x2"], meshes)
