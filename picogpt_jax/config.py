@@ -119,6 +119,11 @@ class ModelConfig(_Section):
         return sum(math.prod(shape) for shape in shapes)
 
     @property
+    def int8_share(self) -> float:
+        """Share of the parameters that an int8 model holds as codes, in [0, 1]."""
+        return sum(map(math.prod, self.matrix_shapes().values())) / self.n_parameters
+
+    @property
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs of one trained token: 6 per matmul weight, and attention's 12 L T C.
 

@@ -37,7 +37,7 @@ DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Wher
 def main() -> None:
     if WORKDIR.value is None or OUTPUT.value is None:
         raise UserError("--workdir and --output are needed, e.g. --workdir=runs/debug --output=runs/debug/int8")
-    from picogpt_jax.int8.int8_model import file_bytes, is_int8_folder, save_int8_model, size_report
+    from picogpt_jax.int8.int8_model import file_bytes, is_int8_folder, save_int8_model
 
     output = Path(OUTPUT.value)
     if output.is_dir() and any(output.iterdir()) and not is_int8_folder(output):
@@ -67,11 +67,11 @@ def main() -> None:
     how = "trained with quantization (QAT)" if source.qat else "trained in float: post-training quantization"
     if source.qat and not model.training["quantization_aware"]:
         how += ", but its products were bad: quantized anew, with LayerNorm weights in the matrices that follow them"
-    size, written = size_report(model), file_bytes(OUTPUT.value)
+    written, float32_bytes = file_bytes(OUTPUT.value), 4 * model.model.n_parameters
     print(f"{how}; weights {quant.weight_granularity}, activation_bits {quant.activation_bits}, step {source.step:,}")
     print(
-        f"wrote {OUTPUT.value}: {written:,} bytes, {size.float32_bytes / written:.2f}x smaller than "
-        f"{size.float32_bytes:,} of float32; {100 * size.int8_share:.2f}% of the parameters are int8"
+        f"wrote {OUTPUT.value}: {written:,} bytes, {float32_bytes / written:.2f}x smaller than "
+        f"{float32_bytes:,} of float32; {100 * model.model.int8_share:.2f}% of the parameters are int8"
     )
 
 

@@ -5,10 +5,11 @@ python data/graham_char/prepare.py [--max_essays=20] [--input_file=TEXT]
 
 from pathlib import Path
 
+import essays
 from absl import flags
 
 from picogpt_jax import cli
-from picogpt_jax.text import essays, prepare
+from picogpt_jax.text import prepare
 
 INPUT_FILE = cli.DEFINE_path("input_file", None, "UTF-8 text to use instead of fetching the essays.")
 OUT_DIR = cli.DEFINE_path("out_dir", str(Path(__file__).resolve().parent), "Folder to write the data set to.")

@@ -1,9 +1,7 @@
 """One int8 model in every runtime: whether the numbers are the same, and what each runtime costs.
 
-The reference is JAX's int8 pass, which is the network that was trained. All runtimes see the same windows, one batch
-after the other, and their logits are compared target by target. Each computes in a process of its own (`Apart`): one
-that ends, as by an instruction that the processor refuses, leaves the others' results. Speed and start are those of
-`scripts/sample.py`, run as a user runs it, timed from its start to the characters that it prints.
+The reference is JAX's int8 pass, the network that was trained. All runtimes see the same windows, each in a process of
+its own (`Apart`): one that dies leaves the others' results. Speed is that of `scripts/sample.py`, as a user runs it.
 
 Shapes: B windows, T time, V vocabulary.
 """

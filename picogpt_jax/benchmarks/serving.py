@@ -1,9 +1,8 @@
-"""How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch.
+"""How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch, on the CPU.
 
 "PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). "fast" leaves out the float64 that
-makes the text JAX's (`exact=False`); the graph and the model in float leave it out too. Of a prompt, only the last
-position's logits are computed, in int8 and in float. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime
-has as many as are fast (`picogpt_jax.runtimes.onnx_session`). All of it runs on the CPU.
+makes the text JAX's (`exact=False`), and so do the graph and the model in float. Of a prompt, only the last position's
+logits are computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
 """
 
 import dataclasses

@@ -1,12 +1,8 @@
 """The baseline of the benchmarks: picoGPT's way of training and sampling, in eager PyTorch (extra: torch).
 
-- `Training`: AdamW steps of a nanoGPT-style `GPT`, in float or with PyTorch's fake quantization (`prepare_qat`), which
-  rounds the weights and outputs of every linear layer to a grid and multiplies in float32.
-- `Decoding`: the int8 sampler. Its weights are stored as int8 with one scale a matrix and turned back into floats in
-  every call (`dequantizing`); there is no cache, the whole window is computed again for every token.
-
-Nothing but the benchmark uses this module. Where it has a choice it takes what is fast in PyTorch: the default QAT
-settings, whose fake quantization is fused (picoGPT's own is not), and draws from all tokens, without a top-k.
+`Training` takes AdamW steps of a nanoGPT-style `GPT`, in float or with PyTorch's fake quantization (`prepare_qat`).
+`Decoding` is the int8 sampler: weights become floats in every call, and every token takes a whole window. Where there
+is a choice it is what is fast in PyTorch.
 
 Shapes: B batch, T time, C width, H heads, D head size, V vocabulary; K steps.
 """

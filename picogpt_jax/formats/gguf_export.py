@@ -1,17 +1,9 @@
 """The int8 model as a GGUF file for llama.cpp: architecture `gpt2`, matrices in Q8_0 (extra: gguf).
 
-A Q8_0 block is 32 codes of a row and their scale in float16. Our codes are stored unchanged, and every block of a row
-has the row's scale (per_tensor: the matrix's). LayerNorms and biases are float32. llama.cpp asks for every bias, so
-those that the model does not have are zeros. The tied head is `token_embd.weight` and not stored twice.
-
-Scales are rounded to float16, which moves each by at most 2**-11 of its value, and tiny ones, of which float16 has
-fewer bits, by at most 2**-8, half a step of the largest code; a matrix whose scales it cannot hold is float32.
-README.md says what else differs from the other runtimes, because llama.cpp has it so.
-
-No token ends a text, as in every other runtime. With GPT-2's own kind of tokenizer llama.cpp would take some for it: id
-11 where a file names none, and an id that is no token counts as none. Nor can a row of the table be one that is never
-drawn: logits are linear in it. So the tokenizer is RWKV's, a plain list of byte strings, for which llama.cpp assumes no
-special token; the longest string that fits is the next token.
+A Q8_0 block is 32 codes of a row and their scale in float16, which moves it by at most 2**-11 of its value, a tiny one
+by 2**-8; a matrix whose scales float16 cannot hold is float32. llama.cpp asks for every bias: zeros where there is
+none. No token ends a text: llama.cpp would take id 11 of GPT-2's kind of tokenizer for it where a file names none, so
+the tokenizer is RWKV's, a plain list of byte strings without special tokens.
 
 Formats: ggml's docs/gguf.md; llama.cpp's src/llama-vocab.cpp and src/models/gpt2.cpp.
 """

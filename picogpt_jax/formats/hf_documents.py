@@ -1,9 +1,8 @@
 """The JSON files of a Hugging Face `GPT2LMHeadModel`: its architecture, how it generates, its tokenizer.
 
-A tokenizer that came from there goes back unchanged. Characters become a byte-pair model without merges: each is a
-word of its own, with our id. Nothing is normalised, split, added or stripped, so `decode(encode(text)) == text`. A
-character outside the vocabulary raises (`Unk token ... not found in the vocabulary`): without an unknown token it would
-vanish silently. The library's message holds that token's name alone, so the name says which characters there are.
+A tokenizer that came from there goes back unchanged. Characters become a byte-pair model without merges, each a word of
+its own, so that `decode(encode(text)) == text`. A character outside the vocabulary raises; the library's message holds
+the unknown token's name alone, so that name says which characters there are.
 """
 
 import json

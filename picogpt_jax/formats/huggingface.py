@@ -1,12 +1,8 @@
 """Hugging Face's GPT-2: the folder that `AutoModelForCausalLM` loads (its JSON files: `hf_documents`).
 
-The tensors are float32 and have our names; the tied head is stored once. Two things differ. Linear layers are `Conv1D`
-there, with weights [in, out] (transformers, pytorch_utils.py). And every linear layer and LayerNorm has a bias there;
-it is zero where ours has none. From an int8 model the weights are exactly code * scale. Transformers then computes in
-float, without int8 activations: its logits are those of the same model with `activation_bits=None`.
-
-The token that pads a batch has a row of its own where the table has no free one (`with_padding`), and so a logit;
-`generate` never draws it (generation_config.json).
+The tensors are float32; the tied head is stored once. Linear layers are `Conv1D` there, with weights [in, out], and
+have a bias, as every LayerNorm has: zero where ours has none. From an int8 model the weights are exactly code * scale.
+The token that pads a batch has a row of its own where the table has no free one (`with_padding`), and so a logit.
 """
 
 import dataclasses

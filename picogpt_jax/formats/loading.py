@@ -6,7 +6,6 @@ Shapes: B streams, T time, V vocabulary, N tokens of a piece.
 """
 
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices.accelerators import Device, has_accelerator
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import sources
-from picogpt_jax.int8.int8_model import Int8Model, size_report
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling, checked_tokens
 from picogpt_jax.runtimes.loop import Loop
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -187,7 +186,7 @@ class _Loaded(NamedTuple):
 
 def _describe(loaded: _Loaded, kind: sources.Kind, runtime: Runtime) -> str:
     count, n_bytes = loaded.config.n_parameters, loaded.n_bytes
-    share = sum(map(math.prod, loaded.config.matrix_shapes().values())) / count if kind in INT8 else 0.0
+    share = loaded.config.int8_share if kind in INT8 else 0.0
     smaller = f" ({4 * count / n_bytes:.2f}x smaller than float32)" if share else " of float32"
     return f"{count:,} parameters, {100 * share:.2f}% int8, {n_bytes:,} bytes{smaller}; {kind}, runtime {runtime}"
 
@@ -219,7 +218,7 @@ def _load_jax(
 
 
 def _int8(engine: Engine, model: Int8Model) -> _Loaded:
-    return _Loaded(engine, model.model, model.vocabulary, size_report(model).total_bytes)
+    return _Loaded(engine, model.model, model.vocabulary, model.n_bytes)
 
 
 def _load_torch(path: str | os.PathLike[str]) -> _Loaded:

@@ -4,18 +4,12 @@
     past_key_values.{i}.key/value float32 [B, H, P, D]                          S = P + T, and P may be 0
     -> logits float32 [B, T, V], present.{i}.key/value float32 [B, H, S, D]
 
-An `attention_mask` with n + 1 in the place of a one asks for the logits of the n last positions alone, which spares the
-last layer the other ones (ONNX Runtime would warn of an optional input at every load). The id behind all others pads a
-batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
+An `attention_mask` with n + 1 in the place of a one asks for the logits of the n last positions alone. The id behind
+all others pads a batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
 
-Everything is spelled out in standard operators, so that the integers are ours in every runtime. An activation x becomes
-the unsigned byte Round(x * (1 / scale)) + 128; MatMulInteger takes the 128 off again, and its sum is exact. Unsigned
-activations times signed weights [in, out] are ONNX Runtime's fast kernel.
-
-The float steps round where JAX does (`picogpt_jax.model.rounding`): LayerNorm, attention and the tanh form of GELU are
-computed in float64 and rounded once; only the error function is ONNX Runtime's own in float32. With `exact=False` all
-of them are its own in float32: attention is one node (opset 23), so is Round(x / scale) + 128, and the scales are fused
-with the product. README.md says what that changes.
+Standard operators alone, so that the integers are ours in every runtime: an activation x becomes the unsigned byte
+Round(x * (1 / scale)) + 128, and MatMulInteger takes the 128 off again: ONNX Runtime's fast kernel. The float steps
+round where JAX does (`model.rounding`) but for the error function; with `exact=False` all are ONNX Runtime's own.
 
 Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
 """

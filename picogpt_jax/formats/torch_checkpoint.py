@@ -1,11 +1,9 @@
 """Float PyTorch checkpoints: nanoGPT's and picoGPT's `ckpt.pt`, also of picoGPT's own QAT (extra: torch).
 
-    model            nanoGPT's names, matrices [out, in], the tied `lm_head.weight` beside `transformer.wte.weight`
-    model_args       the architecture; what is missing there follows from the tensors, but for `n_head`
-    iter_num, best_val_loss, config, optimizer
-    picogpt_jax      in ours: the vocabulary
-
-Only the first two are needed. `model_args` may name the `activation` too: nanoGPT's is `gelu`, the exact one.
+model            nanoGPT's names, matrices [out, in], the tied `lm_head.weight` beside `transformer.wte.weight`
+model_args       the architecture (and, if it says so, the `activation`); what is missing follows from the tensors,
+                 but for `n_head`; only these two are needed
+iter_num, best_val_loss, config, optimizer; picogpt_jax in ours: the vocabulary
 """
 
 import contextlib

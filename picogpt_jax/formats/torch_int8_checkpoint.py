@@ -6,10 +6,7 @@
     quantization_stats, model_args, quantization_type ("full_int8")
     picogpt_jax          what that layout has no place for: config.json, vocab.json, the codes and scales of wpe
 
-picoGPT dequantizes and computes in float, so its logits are close to ours, not equal. It loads a scalar scale only: for
-it, make a per_channel model per_tensor first (`requantize_per_tensor`).
-
-The files that picoGPT writes itself lack `picogpt_jax`, and have float embeddings: they give float parameters.
+picoGPT's own files lack `picogpt_jax`, and have float embeddings: they give float parameters.
 """
 
 import json

@@ -128,6 +128,11 @@ class Int8Model:
             named[f"{name}.weight_scale"] = matrix.scale
         return named
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors, as `model.safetensors` has them."""
+        return sum(array.nbytes for array in self.tensors().values())
+
 
 def check_json(name: str, value: Any) -> None:
     """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
@@ -253,32 +258,6 @@ def _quantize_per_tensor(values: np.ndarray) -> Int8Tensor:
     scale = np.where(absmax < SMALLEST_ABSMAX, np.float32(1), absmax) / np.float32(MAX_CODE)
     codes = np.rint(np.clip(values * (np.float32(1) / scale), -MAX_CODE, MAX_CODE))
     return Int8Tensor(codes.astype(np.int8), scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class SizeReport:
-    """Bytes of the tensors of a model.
-
-    Attributes:
-        total_bytes: of all, as `model.safetensors` has them.
-        float32_bytes: what the same parameters take in float32, the tied head counted once.
-        int8_share: share of the parameters that are int8 codes, in [0, 1].
-    """
-
-    total_bytes: int
-    float32_bytes: int
-    int8_share: float
-
-
-def size_report(model: Int8Model) -> SizeReport:
-    """How large the model is."""
-    n_codes = sum(matrix.codes.size for matrix in model.matrices.values())
-    n_parameters = model.model.n_parameters
-    return SizeReport(
-        total_bytes=sum(array.nbytes for array in model.tensors().values()),
-        float32_bytes=4 * n_parameters,
-        int8_share=n_codes / n_parameters,
-    )
 
 
 def file_bytes(folder: str | os.PathLike[str]) -> int:

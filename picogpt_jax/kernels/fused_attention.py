@@ -3,9 +3,8 @@
 cudnn   NVIDIA's, through `jax.nn.dot_product_attention`.
 splash  the Pallas kernel for TPUs.
 
-Where a kernel can serve, `train.attention=auto` measures it and the plain form (`model.attention`), and takes the
-faster one. A kernel sums in another order and keeps its weights in blocks, so results differ from the plain form in the
-last bits of the compute type. None of them has dropout: a run with `model.dropout` > 0 computes the plain form.
+A kernel sums in another order than the plain form (`model.attention`), so results differ in the last bits of the
+compute type. None has dropout: a run with `model.dropout` > 0 computes the plain form.
 
 Shapes: B batch, T time, H heads, D head size.
 """

@@ -1,12 +1,9 @@
 """The product of int8 codes, added up in int32: the same integers on every device, by the kernel that is fast there.
 
-CPUs with AVX-512 VNNI multiply unsigned bytes by signed ones. XLA hands int8 products to YNNPACK, whose kernels for
-those (jaxlib 0.10.2) are more than twice as fast as the ones for signed bytes alone. So there the left operand is
-shifted:
+XLA hands int8 products to YNNPACK, whose kernels for unsigned times signed bytes are more than twice as fast on CPUs
+with AVX-512 VNNI (jaxlib 0.10.2). So there the left operand is shifted, which is exact, also where a sum wraps around:
 
     sum_k a_k b_k = sum_k (a_k + 128) b_k - 128 sum_k b_k
-
-This is exact, even where an int32 sum wraps around on the way.
 """
 
 import functools

@@ -1,11 +1,9 @@
 """Matrix products in float32 whose gradients are computed in a narrower type.
 
-The backward pass has two products for each one of the forward pass. CPUs with instructions for bfloat16 take half the
-time for them. Only the operands are rounded to bfloat16: the results and all sums stay float32. The forward pass, and
-so what the model computes, does not change.
-
-XLA (jaxlib 0.10.2) hands a bfloat16 product to YNNPACK, which has such kernels, only if the left operand is [M, K] and
-both are known to be row-major early on; otherwise it computes in float32. This module arranges the layouts.
+CPUs with instructions for bfloat16 take half the time for the two products of the backward pass. Only their operands
+are rounded; results and sums stay float32, and the forward pass does not change. XLA (jaxlib 0.10.2) hands a bfloat16
+product to YNNPACK, which has such kernels, only if the left operand is [M, K] and both are known to be row-major early
+on; so the layouts are arranged here.
 """
 
 import functools

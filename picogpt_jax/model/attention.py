@@ -1,7 +1,6 @@
 """Causal attention in the plain form: on any device, in any type, with dropout and with a cache.
 
-It is what every runtime computes, and what the promise "trained as served, bit for bit" is about. The fused kernels of
-accelerators are in `kernels.fused_attention`.
+It is what every runtime computes, and what the promise "trained as served, bit for bit" is about.
 
 Shapes: B batch, T time (t of the queries), S positions of a cache, H heads, D head size.
 """

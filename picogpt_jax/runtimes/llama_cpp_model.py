@@ -1,8 +1,7 @@
 """A GGUF file of ours in llama.cpp, as a runtime (extra: llama-cpp, which is compiled when it is installed).
 
-llama.cpp computes with its defaults, as it does for everybody; `formats.gguf_export` says how that differs from the
-int8 model. Text is encoded by our own code with the vocabulary of the file, so that a character outside it is an error.
-The context never goes beyond the learned positions, where llama.cpp would abort the process.
+llama.cpp computes with its defaults; the formats' page says how that differs. Text is encoded by our own code. The
+context never goes beyond the learned positions, where llama.cpp would abort the process.
 
 Shapes: B streams, T time, V vocabulary.
 """

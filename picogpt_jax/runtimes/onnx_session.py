@@ -1,11 +1,8 @@
 """ONNX Runtime with the number of threads that is fast for a small model (extra: onnx).
 
-A node of a small model takes microseconds. Two threads that share it wait for each other at its end, and read from the
-other one's cache what the node before left there. A token of the default model took them 0.8 to 1.8 times as long as
-one thread. So each call of a small model has one thread, and several windows are computed side by side, each by one
-thread from its first node to its last: 32 windows took 0.57 to 0.75 of the time that two threads took together. Large
-calls, and those of large models, have a thread per core. The results are the same bits with any number of threads
-(tested): ONNX Runtime splits rows and heads, never a sum.
+A node of a small model takes microseconds, and two threads that share it wait for each other. So each call of a small
+model has one thread, and several windows are computed side by side, a thread each. Large calls, and those of large
+models, have a thread per core. The results are the same bits with any number of threads (tested).
 """
 
 import functools

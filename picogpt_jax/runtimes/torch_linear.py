@@ -1,16 +1,9 @@
 """An int8 matrix in PyTorch: linear layer and embedding table, multiplied int8 by int8 (extra: torch).
 
-The weights stay int8 in memory. A matmul quantizes the activations that enter it, one scale per token, multiplies int8
-by int8 with an exact int32 sum, and only then goes back to float32: y = int32 * activation_scale * weight_scale + bias.
-With `activation_bits=None` the activations stay float32.
-
-Two kernels compute that sum, with the same integers:
-
-- `torch._int_mm`, fast on CUDA and on CPUs with int8 dot-product instructions, but 40 times slower than float on those
-  without;
-- a float32 product of the codes, converted in each call so that the model in memory stays int8. It is exact: codes are
-  at most 127 in magnitude, so a sum over 1040 features is an integer below 2**24, and float32 (TF32 and bfloat16 inputs
-  too) holds each of these.
+A matmul quantizes the activations that enter it, one scale per token, multiplies int8 by int8 with an exact int32 sum,
+and then goes back to float32: y = int32 * activation_scale * weight_scale + bias. Two kernels compute the same sum:
+`torch._int_mm`, fast on CUDA and on CPUs with int8 dot products and 40 times slower than float on others; and a float32
+product of the codes, exact because a sum of 1,040 products of codes stays below 2**24.
 
 Shapes: N rows (tokens), I input features, O output features of a matmul.
 """

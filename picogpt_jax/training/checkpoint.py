@@ -1,10 +1,8 @@
 """Checkpoints of a training run: what is saved, which one is read, and what a failure means to the user.
 
-`<workdir>/checkpoints/<step>/` holds the items `state` (the `TrainState`) and `meta` (config, vocabulary, losses).
-Orbax (`training.orbax_io`) writes to a temporary folder in the background and renames it: a checkpoint that can be
-seen is complete. `meta` carries the manifest of the state's arrays (`training.integrity`), which is checked whenever
-they are read. In a run of several processes all of them call everything here, and each writes and reads the shards of
-its own devices.
+`<workdir>/checkpoints/<step>/` holds the items `state` (the `TrainState`) and `meta` (config, vocabulary, losses, and
+the manifest of the state's arrays, which is checked whenever they are read). Orbax (`training.orbax_io`) writes to a
+temporary folder and renames it: what can be seen is complete. Of several processes, all call everything here.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from tiny import VOCABULARY, tiny_config
 from picogpt_jax.config import Config, Granularity
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8 import convert
-from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model, size_report
+from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, quantize
@@ -180,7 +180,7 @@ def test_what_serves_is_the_file_and_nothing_else(config: Config) -> None:
         assert tensor.codes.dtype == jnp.int8
         rows = len(tensor.codes) if config.quant.weight_granularity == "per_channel" else 1
         assert tensor.scale.shape == (rows, 1)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) == size_report(model).total_bytes
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) == model.n_bytes
 
 
 # ------------------------------------------------------------------------------------------- parameters by other names

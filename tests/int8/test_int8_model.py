@@ -24,7 +24,6 @@ from picogpt_jax.int8.int8_model import (
     load_int8_model,
     requantize_per_tensor,
     save_int8_model,
-    size_report,
 )
 from picogpt_jax.text.vocabulary import Vocabulary
 
@@ -344,15 +343,14 @@ def test_requantizing_rounds_half_to_even_and_keeps_zeros() -> None:
     assert not matrices["transformer.wpe"].codes.any()
 
 
-def test_the_size_report_adds_up(folder: Path) -> None:
+def test_the_sizes_add_up(folder: Path) -> None:
     model = random_model()
-    report = size_report(model)
     n_codes = 2 * (96 * 32 + 32 * 32 + 2 * 64 * 32) + 11 * 32 + 16 * 32
     n_scales = 2 * (96 + 32 + 64 + 32) + 11 + 16
     n_floats = 5 * 32
-    assert report.total_bytes == n_codes + 4 * (n_scales + n_floats)
-    assert report.float32_bytes == 4 * (n_codes + n_floats)
-    assert report.int8_share == pytest.approx(n_codes / (n_codes + n_floats))
+    assert model.n_bytes == n_codes + 4 * (n_scales + n_floats)
+    assert model.model.n_parameters == n_codes + n_floats
+    assert model.model.int8_share == pytest.approx(n_codes / (n_codes + n_floats))
     assert file_bytes(folder) == sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import bs4
+import essays
 import pytest
 
 from picogpt_jax import __version__
 from picogpt_jax.errors import UserError
-from picogpt_jax.text import essays
 from picogpt_jax.text.download import FetchError
 
 INDEX = """<html><title>Essays</title><body>
