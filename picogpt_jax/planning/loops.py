@@ -1,7 +1,6 @@
 """How often each instruction of a compiled program runs in a step.
 
-A loop's body is printed once. XLA's own cost analysis counts it once, too; here every instruction is counted as often
-as the loops around it run.
+XLA's own cost analysis counts a loop's body once; here an instruction counts as often as the loops around it run.
 """
 
 import dataclasses

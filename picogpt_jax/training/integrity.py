@@ -1,7 +1,6 @@
 """What a checkpoint must hold: the name, shape, type and checksum of every array, sealed together with its meta data.
 
-The checksum is of the array's bits, not of a file's: it is the same on any mesh and in any number of processes, it is
-computed where the array lies, and it covers the whole way from a device to the disk and back.
+The checksum is of the array's bits, not of a file's: it is the same on any mesh, from a device to the disk and back.
 """
 
 import functools
