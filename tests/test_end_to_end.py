@@ -291,7 +291,10 @@ def other_data(folder: Path, command: Command) -> Path:
         ),
         ("scripts/sample.py --model=run/int8 --start=", "--start is empty; give at least one character"),
         ("scripts/sample.py --model=run/int9", "run/int9 does not exist; expected a workdir, an int8 folder or "),
-        ("scripts/sample.py --model=run --runtime=torch", "run holds float parameters; an int8 model is needed: "),
+        (
+            "scripts/sample.py --model=run --runtime=torch",
+            "run holds float parameters; make an int8 model of it with: ",
+        ),
         ("scripts/sample.py --model=run/int8 --temprature=1", "Unknown command line flag 'temprature'. Did you mean: "),
         ("scripts/sample.py --model=run/int8 --overflow=wrap", "flag --overflow=wrap: "),
         (

@@ -104,12 +104,11 @@ def save_huggingface(model: Int8Model, path: Path) -> None:
 
 
 def save_torch(model: Int8Model, path: Path) -> None:
+    from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
     from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
 
     arrays = huggingface.dequantized(model)
-    save_float_checkpoint(
-        model.model, arrays, path, iter_num=0, best_val_loss=1.0, config={}, vocabulary=model.vocabulary
-    )
+    save_float_checkpoint(FloatCheckpoint(model.model, arrays, vocabulary=model.vocabulary), path)
 
 
 def save_torch_int8(model: Int8Model, path: Path) -> None:

@@ -128,7 +128,7 @@ def read_vocabulary(path: Path, deep: bool) -> None:
 
 
 def read_tokens_of_library(path: Path, deep: bool) -> None:
-    use(read_tokenizer(path, 320))
+    use(read_tokenizer(path))
 
 
 def use(vocabulary: Vocabulary) -> None:

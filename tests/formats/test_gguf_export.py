@@ -237,5 +237,5 @@ def test_convert_writes_it_from_an_int8_model_only(tmp_path: Path, run_script: R
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     done = run_script("scripts/convert.py", "--input=run", "--to=gguf", "--output=other.gguf")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "run holds float parameters; an int8 model is needed" in done.stderr
+    assert "run holds float parameters; make an int8 model of it with: python" in done.stderr
     assert not (tmp_path / "other.gguf").exists()
