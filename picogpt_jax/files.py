@@ -44,10 +44,10 @@ def _written(path: Path, make_temporary: Callable[..., Any]) -> Iterator[Any]:
     try:
         yield temporary
     except Exception as error:
-        reason = disk_failure(error)
-        if reason is None:
+        why = disk_failure(error)
+        if why is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}; make room there, or choose another place") from error
+        raise UserError(f"cannot write {path}: {why}; make room there, or choose another place") from error
 
 
 def _check_room(file: Path) -> None:

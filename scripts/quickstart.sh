@@ -40,7 +40,7 @@ PY
 
 step "5. Text from the int8 model in JAX"
 sample=(scripts/sample.py --start="def " --max_new_tokens=300 --overflow=refill --show_stats)
-"$python" "${sample[@]}" --model=$run/int8
+"$python" "${sample[@]}" --model=$run/int8 --runtime=jax
 
 step "6. Text from the same int8 codes in PyTorch"
 "$python" "${sample[@]}" --model=$run/int8.pt --runtime=torch

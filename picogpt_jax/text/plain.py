@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from picogpt_jax.errors import UserError
+from picogpt_jax.progress import tqdm
 
 PIECE_BYTES = 1 << 22
 BYTE_ORDER_MARKS = {  # UTF-32's begins with UTF-16's
