@@ -43,7 +43,7 @@ def fit(u: Ints) -> Ints:
     """The smallest shift that makes codes of the vectors u [..., I], [..., 1]."""
     a = np.abs(u).max(-1, keepdims=True)
     t = np.maximum(bits(a) - 7, 0)
-    return t + (shift(a, t) == 128)
+    return t + (shift(a, t) == 128).astype(np.int32)
 
 
 def quantize(u: Ints) -> tuple[Ints, Ints]:
