@@ -22,7 +22,7 @@ HEAD_BITS = NORM_BITS = 12  # q, k, v; the bias of a LayerNorm
 HIDDEN_BITS = {"relu": 10, "gelu": 8, "gelu_tanh": 8}
 
 EXPONENTS = (-24, 15)  # of a scale
-MANTISSA = (2048, 4096)  # the largest of a LayerNorm's
+MANTISSA = (2049, 4096)  # the largest of a LayerNorm's: what is all 1 keeps all bits
 LARGEST_BIAS = 1 << 22
 # Beyond these the integers could leave the bounds that are proven: sums of LayerNorm, of products, of attention.
 LARGEST = {"n_embd": 8192, "n_hidden": 1 << 15, "block_size": 4096, "head_size": 1024}
@@ -204,8 +204,9 @@ def quantize_weight(
 
 
 def mantissas_of(weight_C: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int8]]:
-    """A vector as int16 mantissas, the largest from 2048 to 4096, and one exponent [1]."""
-    exponent = np.clip(np.frexp(np.abs(weight_C).max(keepdims=True))[1] - 12, *EXPONENTS)
+    """A vector as int16 mantissas, the largest from 2049 to 4096, and one exponent [1]."""
+    fraction, exponent = np.frexp(np.abs(weight_C).max(keepdims=True))
+    exponent = np.clip(exponent - 12 - (fraction == 0.5), *EXPONENTS)
     return np.rint(np.ldexp(weight_C, -exponent)).astype(np.int16), exponent.astype(np.int8)
 
 

@@ -232,8 +232,8 @@ class NumpyIntegerGPT:
 
     def _norm(self, name: str) -> Norm:
         mantissas = self._take(f"{name}.weight", "int16", (self.n_embd,), -4096, 4096)
-        if np.abs(mantissas).max() < 2048:
-            raise UserError(f"{name}.weight: the largest mantissa is {np.abs(mantissas).max()}; expected 2048 to 4096")
+        if np.abs(mantissas).max() <= 2048:
+            raise UserError(f"{name}.weight: the largest mantissa is {np.abs(mantissas).max()}; expected 2049 to 4096")
         exponent = self._take(f"{name}.weight_exponent", "int8", (1,), -24, 15)
         return Norm(mantissas, exponent, self._bias(name, self.n_embd, self.has_bias))
 
