@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
 
     config.quant = ConfigDict()
     config.quant.mode = "int8"  # int8: quantization-aware training | none: float
+    config.quant.arithmetic = "mixed"  # between the products: mixed: floats | integer: the same bits on every device
     config.quant.weight_granularity = "per_channel"  # one scale per output channel | per_tensor
     # The type `object`: a flag of the type int would not take None.
     config.quant.activation_bits = config_dict.FieldReference(8, field_type=object)  # 8 | None: float activations

@@ -144,9 +144,14 @@ class QuantConfig(_Section):
     activation_bits: Bits
     backward_bits: Bits
     start_step: Step
+    arithmetic: Literal["integer", "mixed"] = "mixed"  # runs that were made before there was this key
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(
+            self.arithmetic == "mixed" or self.activation_bits == 8,
+            "quant.arithmetic=integer needs quant.activation_bits=8; set both, or quant.arithmetic=mixed",
+        )
         _check(
             self.backward_bits is None or self.activation_bits == 8,
             "quant.backward_bits=8 needs quant.activation_bits=8; set both, or quant.backward_bits=None",

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.devices import sharding
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.int8.layout import float_layout
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
@@ -106,12 +107,15 @@ def int8_model(
     )
 
 
-def serving_quant(model: Int8Model) -> QuantConfig:
+def serving_quant(model: Int8Model | IntegerModel) -> QuantConfig:
     """The numerics of an int8 model as the `quant` section of a configuration."""
+    if isinstance(model, IntegerModel):
+        granularity = model.weight_granularity
+        return dataclasses.replace(FLOAT, mode="int8", weight_granularity=granularity, arithmetic="integer")
     return dataclasses.replace(FLOAT, mode="int8", **dataclasses.asdict(model.quantization))
 
 
-def serving_variables(model: Int8Model, mesh: Mesh | None = None) -> dict[str, Any]:
+def serving_variables(model: Int8Model | IntegerModel, mesh: Mesh | None = None) -> dict[str, Any]:
     """The variables of `GPT(..., mode="serve")`: int8 codes, their scales and the float vectors; no float matrix.
 
     Args:

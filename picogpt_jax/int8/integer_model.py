@@ -97,24 +97,40 @@ class IntegerModel:
         """Bytes of all tensors, as `model.safetensors` has them."""
         return sum(array.nbytes for array in self.tensors.values())
 
+    @property
+    def matrices(self) -> dict[str, Int8Tensor]:
+        """Codes, and scales as float32 numbers, which are powers of two."""
+        matrices = {}
+        for name in self.model.matrix_shapes():
+            exponent = self.tensors[f"{name}.weight_exponent"].astype(np.int32)
+            matrices[name] = Int8Tensor(self.tensors[f"{name}.weight"], np.ldexp(np.float32(1), exponent))
+        return matrices
+
+    @property
+    def vectors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """LayerNorm weights and biases as float32 numbers, which hold the integers times a power of two."""
+        vectors = {}
+        for name in self.model.vector_shapes():
+            module, kind = name.rsplit(".", 1)
+            exponent = -bias_bits(self.model, module)
+            if kind == "weight":
+                exponent = int(self.tensors[f"{name}_exponent"][0])
+            vectors[name] = np.ldexp(self.tensors[name].astype(np.float32), exponent)
+        return vectors
+
     def mixed(self) -> Int8Model:
         """The same codes for mixed arithmetic (version 1), with float functions between the products.
 
         For formats that know no integer functions. Scales are per channel, since those of the queries differ.
         """
-        matrices, vectors = {}, {}
-        for name, (rows, _) in self.model.matrix_shapes().items():
-            exponent_O1 = np.broadcast_to(self.tensors[f"{name}.weight_exponent"].astype(np.int32), (rows, 1))
-            scale_O1 = np.ldexp(np.float32(1), exponent_O1) / query_factors(self.model, name, rows)[:, None]
-            matrices[name] = Int8Tensor(self.tensors[f"{name}.weight"], scale_O1)
-        for name, shape in self.model.vector_shapes().items():
-            module, kind = name.rsplit(".", 1)
-            exponent = -bias_bits(self.model, module)
-            if kind == "weight":
-                exponent = int(self.tensors[f"{name}_exponent"][0])
-            vectors[name] = np.ldexp(self.tensors[name].astype(np.float32), exponent) / query_factors(
-                self.model, module, shape[0]
-            )
+        matrices = {}
+        for name, matrix in self.matrices.items():
+            factor_O1 = query_factors(self.model, name, len(matrix.codes))[:, None]
+            matrices[name] = Int8Tensor(matrix.codes, matrix.scale / factor_O1)
+        vectors = {
+            name: values / query_factors(self.model, name.rsplit(".", 1)[0], len(values))
+            for name, values in self.vectors.items()
+        }
         return Int8Model(
             model=self.model,
             quantization=Quantization(weight_granularity="per_channel", activation_bits=8),

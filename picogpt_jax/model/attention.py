@@ -6,19 +6,25 @@ Shapes: B batch, T time (t of the queries), S positions of a cache, H heads, D h
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from picogpt_jax.config import ModelConfig
 from picogpt_jax.kernels import products
-from picogpt_jax.model import rounding
+from picogpt_jax.kernels.fused_attention import fused
+from picogpt_jax.model import integer, rounding
 from picogpt_jax.model.numerics import Numerics
 
-# Keys and values [B, H, S, D] of one layer's earlier positions, and their number.
-LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"], Int[Array, ""]]
+# Of one layer's earlier positions: keys and values [B, H, S, D], in integer arithmetic the codes of both and then their
+# exponents [B, H, S, 1], all int8.
+Kept = tuple[Array, ...]
+LayerCache = tuple[Kept, Int[Array, ""]]  # and their number
 Drop = Callable[[Array], Array]  # dropout
 
 
@@ -38,10 +44,57 @@ def attend(
         drop: dropout on the attention weights.
     """
     if past is not None:
-        return cached_attention(q_BHtD, k_BHTD, v_BHTD, *past, exact=numerics.exact_cache)
+        (keys_BHSD, values_BHSD), length = past
+        exact = numerics.exact_cache
+        return cached_attention(q_BHtD, k_BHTD, v_BHTD, keys_BHSD, values_BHSD, length, exact=exact)
     backward_dtype = None if numerics.exact else numerics.backward_dtype
     form = functools.partial(causal, drop=drop, backward_dtype=backward_dtype)
     return rounding.in_float64(form, numerics.exact)(q_BHtD, k_BHTD, v_BHTD)
+
+
+def query_factor(head_size: int) -> float:
+    """What integer arithmetic has multiplied the queries by: a score is then a logarithm to the base 2."""
+    return math.log2(math.e) / math.sqrt(head_size)
+
+
+def integer_attend(
+    numerics: Numerics,
+    config: ModelConfig,
+    q_BHtD: Float[Array, "B H t D"],
+    k_BHTD: Float[Array, "B H T D"],
+    v_BHTD: Float[Array, "B H T D"],
+    past: LayerCache | None,
+    drop: Drop | None,
+) -> tuple[Float[Array, "B H t D"], Kept]:
+    """`attend` in integer arithmetic, of what carries integers, and what is kept of the keys and values.
+
+    Args:
+        q_BHtD: multiplied by `query_factor` already.
+        past: the positions before these; they are kept with the new ones among them.
+    """
+    q, k, v = (integer.quantize(x, integer.HEAD_BITS) for x in (q_BHtD, k_BHTD, v_BHTD))
+    kept: Kept = (k[0], v[0], k[1].astype(jnp.int8), v[1].astype(jnp.int8))
+    first: Any = k_BHTD.shape[2] - q_BHtD.shape[2]
+    if past is not None:
+        before, length = past
+        place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=length, axis=2)
+        kept = tuple(place(old, new) for old, new in zip(before, kept, strict=True))
+        first = first + length
+    keys, values = (kept[0], kept[2]), (kept[1], kept[3])
+    keep = None if drop is None else drop(jnp.ones((*q_BHtD.shape[:3], k_BHTD.shape[2]))) > 0.0
+    y_BHtD = integer.attention(q, keys, values, first, config.block_size, keep)
+    if drop is not None:
+        y_BHtD = y_BHtD * (1.0 / (1.0 - config.dropout))
+    if numerics.mode == "serve" or past is not None or first:
+        return y_BHtD, kept
+    q_BHtD = q_BHtD * (math.log(2.0) * math.sqrt(config.head_size))
+    q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD, k_BHTD, v_BHTD))
+    if numerics.attention == "plain":
+        unchanged: Drop = lambda weights: weights  # noqa: E731
+        twin_BHtD = causal(q_BHtD, k_BHTD, v_BHTD, drop or unchanged, numerics.backward_dtype)
+    else:
+        twin_BHtD = fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)
+    return integer.carry(y_BHtD, twin_BHtD), kept
 
 
 def causal_scores(

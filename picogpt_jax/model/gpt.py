@@ -18,7 +18,7 @@ from picogpt_jax.config import ModelConfig, Remat
 from picogpt_jax.devices.sharding import constrain
 from picogpt_jax.kernels.fused_attention import fused as fused_attention
 from picogpt_jax.kernels.int8_product import is_int8_product
-from picogpt_jax.model import attention, rounding
+from picogpt_jax.model import attention, integer, rounding
 from picogpt_jax.model.dropout import DropoutKey, dropout
 from picogpt_jax.model.linear import Dense, Embedding, as_row, init_stddev
 from picogpt_jax.model.numerics import Numerics
@@ -38,11 +38,11 @@ class KVCache:
     """Keys and values of the positions seen so far.
 
     Attributes:
-        layers: for each layer keys and values, [B, H, S, D] in the compute type; what lies beyond `length` is not read.
+        layers: for each layer what is kept (`attention.Kept`), of S positions; what lies beyond `length` is not read.
         length: int32 scalar, positions filled.
     """
 
-    layers: tuple[tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]], ...]
+    layers: tuple[attention.Kept, ...]
     length: Int[Array, ""]
 
 
@@ -54,7 +54,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        exact = self.numerics.exact
+        exact = self.numerics.exact and not self.numerics.is_integer
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         vectors: list[Any] = [self.param("scale", init, (x.shape[-1],), jnp.float32)]
         if self.config.bias:
@@ -68,8 +68,10 @@ class LayerNorm(nn.Module):
             return y + bias[0] if bias else y
 
         rows = [as_row(vector, x.ndim) for vector in vectors]
-        y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows)
-        return y.astype(self.numerics.dtype)
+        y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows).astype(self.numerics.dtype)
+        if self.numerics.is_integer:
+            return integer.carry(integer.norm(x, vectors[0], vectors[1] if self.config.bias else None), y)
+        return y
 
 
 def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
@@ -110,23 +112,30 @@ class Attention(nn.Module):
         key: DropoutKey | None,
         cache: attention.LayerCache | None,
         last_only: bool,
-    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B t C"], attention.Kept]:
         config, numerics = self.config, self.numerics
         batch, time, width = x_BTC.shape
-        qkv = Dense(3 * width, ("embed", "qkv"), numerics, config.bias, parts=3, name="c_attn")(x_BTC)
+        factor, bits = attention.query_factor(config.head_size), integer.HEAD_BITS
+        c_attn = functools.partial(Dense, parts=3, output_bits=bits, first_factor=factor, name="c_attn")
+        qkv = c_attn(3 * width, ("embed", "qkv"), numerics, config.bias)(x_BTC)
         heads = split_heads(qkv, config.n_head)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
         site = "/".join(self.path)
-        if numerics.attention == "plain" or cache is not None or last_only:
-            drop = functools.partial(dropout, rate=config.dropout, key=key, site=f"{site}/weights")
+        drop = functools.partial(dropout, rate=config.dropout, key=key, site=f"{site}/weights")
+        updated: attention.Kept
+        if numerics.is_integer:
+            dropping = None if key is None or config.dropout == 0.0 else drop
+            y_BHTD, updated = attention.integer_attend(numerics, config, q_BHTD, k_BHTD, v_BHTD, cache, dropping)
+        elif numerics.attention == "plain" or cache is not None or last_only:
             y_BHTD = attention.attend(numerics, q_BHTD, k_BHTD, v_BHTD, cache, drop)
         else:
             y_BHTD = fused_attention(numerics.attention, q_BHTD, k_BHTD, v_BHTD)
-        updated = (k_BHTD, v_BHTD)
-        if cache is not None:
-            keys_BHSD, values_BHSD, length = cache
+        if not numerics.is_integer:
+            updated = (k_BHTD, v_BHTD)
+        if cache is not None and not numerics.is_integer:
+            (keys_BHSD, values_BHSD), length = cache
             # What is written is made to depend on the result (which is never NaN): the compiler then knows that the old
             # cache has been read, and writes in place. Without it every cache was copied twice for every token.
             broken = jnp.isnan(y_BHTD[:, :, -1:])
@@ -147,11 +156,22 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         config, numerics = self.config, self.numerics
-        h_BTF = Dense(config.n_hidden, ("embed", "mlp"), numerics, config.bias, name="c_fc")(x_BTC)
-        h_BTF = ACTIVATIONS[config.activation](constrain(h_BTF, "batch", None, "mlp"), numerics.exact)
-        stddev = init_stddev("c_proj", config.n_layer)
-        y_BTC = Dense(config.n_embd, ("mlp", "embed"), numerics, config.bias, stddev, name="c_proj")(h_BTF)
+        bits = integer.HIDDEN_BITS[config.activation]
+        h_BTF = Dense(config.n_hidden, ("embed", "mlp"), numerics, config.bias, output_bits=bits, name="c_fc")(x_BTC)
+        h_BTF = constrain(h_BTF, "batch", None, "mlp")
+        y_BTF = ACTIVATIONS[config.activation](h_BTF, numerics.exact and not numerics.is_integer)
+        if numerics.is_integer:
+            y_BTF = integer.carry(integer.ACTIVATIONS[config.activation](h_BTF), y_BTF)
+        stddev, bits = init_stddev("c_proj", config.n_layer), integer.RESIDUAL_BITS
+        y_BTC = Dense(config.n_embd, ("mlp", "embed"), numerics, config.bias, stddev, input_bits=bits, name="c_proj")(
+            y_BTF
+        )
         return dropout(y_BTC, config.dropout, key, f"{'/'.join(self.path)}/residual")
+
+
+def added(numerics: Numerics, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x + y, on the residual stream."""
+    return integer.carry(integer.add(x, y), x + y) if numerics.is_integer else x + y
 
 
 class Block(nn.Module):
@@ -165,13 +185,14 @@ class Block(nn.Module):
         key: DropoutKey | None,
         cache: attention.LayerCache | None,
         last_only: bool,
-    ) -> tuple[Float[Array, "B t C"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B t C"], attention.Kept]:
         config, numerics = self.config, self.numerics
         normed_BTC = LayerNorm(config, numerics, name="ln_1")(x_BTC)
         y_BTC, updated = Attention(config, numerics, name="attn")(normed_BTC, key, cache, last_only)
-        x_BTC = (x_BTC[:, -1:] if last_only else x_BTC) + y_BTC
+        x_BTC = added(numerics, x_BTC[:, -1:] if last_only else x_BTC, y_BTC)
         x_BTC = constrain(x_BTC, "batch", None, None)
-        x_BTC = x_BTC + MLP(config, numerics, name="mlp")(LayerNorm(config, numerics, name="ln_2")(x_BTC), key)
+        y_BTC = MLP(config, numerics, name="mlp")(LayerNorm(config, numerics, name="ln_2")(x_BTC), key)
+        x_BTC = added(numerics, x_BTC, y_BTC)
         x_BTC = constrain(x_BTC, "batch", None, None)
         return x_BTC, updated
 
@@ -232,7 +253,8 @@ class GPT(nn.Module):
         # Positions for every row: the gradient is then a scatter like the tokens', not a slow sum over the batch.
         positions_BT = jnp.broadcast_to(first + jnp.arange(time), tokens_BT.shape)
         # From tables split along their width, rows come in parts; then each goes whole to its device.
-        x_BTC = constrain(self.wte(tokens_BT) + self.wpe(positions_BT), "batch", None, None)
+        x_BTC = added(self.numerics, self.wte(tokens_BT), self.wpe(positions_BT))
+        x_BTC = constrain(x_BTC, "batch", None, None)
         x_BTC = dropout(x_BTC, config.dropout, key, "embeddings")
         updates: list[Any] = []
         if self.scan or self.remat != "none":
@@ -243,7 +265,7 @@ class GPT(nn.Module):
             x_BTC = self._blocks(x_BTC, key)
         else:
             for layer, block in enumerate(self.h):
-                past = None if cache is None else (*cache.layers[layer], cache.length)
+                past = None if cache is None else (cache.layers[layer], cache.length)
                 # Of the last layer, only the keys and values of the other positions matter to the last one.
                 x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
                 updates.append(updated)
@@ -252,7 +274,7 @@ class GPT(nn.Module):
             return logits_BTV
         if cache is None:
             room = ((0, 0), (0, 0), (0, config.block_size - time), (0, 0))
-            updates = [(jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in updates]
+            updates = [tuple(jnp.pad(array, room) for array in kept) for kept in updates]
         place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
         return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time))
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from picogpt_jax.devices.sharding import constrain, splits
 from picogpt_jax.kernels import products
-from picogpt_jax.model import rounding
+from picogpt_jax.model import integer, rounding
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import (
     INT8_COLLECTION,
@@ -42,32 +42,62 @@ class Dense(nn.Module):
     use_bias: bool
     stddev: float = INIT_STDDEV
     parts: int = 1  # q, k and v side by side are three
+    # Of integer arithmetic: fraction bits of the input (`integer.quantize`) and of the output, and what the first
+    # of the parts is multiplied by.
+    input_bits: int = 64
+    output_bits: int = integer.RESIDUAL_BITS
+    first_factor: float = 1.0
 
     @nn.compact
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T *O"]:
         """[B, T, features]; or [B, T, parts, features / parts], where each part's features are split over devices."""
+        numerics = self.numerics
         apart = self.parts > 1 and splits("heads")
         shape = (self.parts, self.features // self.parts)
-        if self.numerics.mode == "serve":
-            kernel_OI = stored(self, "kernel")
+        kernel: Any
+        bias: Any = None
+        if numerics.mode == "serve":
+            kernel = stored(self, "kernel")
             if apart:
-                kernel_OI = in_parts(kernel_OI, shape)
-            y_BTO = int8_dot(x_BTI, kernel_OI, self.numerics.quant.activation_bits)
+                kernel = in_parts(kernel, shape)
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-            kernel_IO: Any = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
+            kernel = self.param("kernel", init, (x_BTI.shape[-1], self.features), jnp.float32)
             if apart:
                 # Stored side by side, a device's share is no whole heads: the weights move, not the activations.
-                kernel_IO = constrain(kernel_IO.reshape(-1, *shape), "embed", None, "heads")
-            y_BTO = matmul(x_BTI, kernel_IO, 0, quantized_dot_general(self.numerics), self.numerics)
-        y_BTO = rounding.rounded(y_BTO)
+                kernel = constrain(kernel.reshape(-1, *shape), "embed", None, "heads")
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+            bias = self.param("bias", init, (self.features,), jnp.float32)
             if apart:
                 bias = constrain(bias.reshape(shape), None, "heads")
+        if numerics.is_integer:
+            return self._integer(x_BTI, kernel, bias)
+        if isinstance(kernel, QuantizedTensor):
+            y_BTO = int8_dot(x_BTI, kernel, numerics.quant.activation_bits)
+        else:
+            y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(numerics), numerics)
+        y_BTO = rounding.rounded(y_BTO)
+        if bias is not None:
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
-        return y_BTO.astype(self.numerics.dtype)
+        return y_BTO.astype(numerics.dtype)
+
+    def _integer(self, x_BTI: Float[Array, "B T I"], kernel: Any, bias: Array | None) -> Float[Array, "B T *O"]:
+        """The same in integer arithmetic; the gradient is the mixed one's."""
+        bits = (self.input_bits, self.output_bits)
+        if isinstance(kernel, QuantizedTensor):  # what it is multiplied by is part of it
+            exponent = integer.exponent_of(kernel.scale)
+            return integer.linear(x_BTI, kernel.codes, exponent, kernel.codes.ndim - 1, bias, *bits)
+        if self.first_factor != 1.0:
+            is_first = jnp.arange(self.features).reshape(kernel.shape[1:]) < self.features // self.parts
+            factors = jnp.where(is_first, jnp.float32(self.first_factor), jnp.float32(1))
+            kernel = kernel * factors[None]
+            bias = None if bias is None else bias * factors
+        y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(self.numerics), self.numerics)
+        if bias is not None:
+            y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
+        codes, exponent = integer.quantize_weight(kernel, 0, self.numerics.quant.weight_granularity)
+        return integer.carry(integer.linear(x_BTI, codes, exponent, 0, bias, *bits), y_BTO)
 
 
 class Embedding(nn.Module):
@@ -97,7 +127,13 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
         ids = constrain(ids, "tokens", None)
-        if isinstance(self.table, QuantizedTensor):
+        if self.numerics.is_integer:
+            codes, exponent = self._codes()
+            # An exponent for each row, or one in all.
+            rows = integer.lookup(codes[ids], exponent[ids] if exponent.size > 1 else exponent[None])
+            if not isinstance(self.table, QuantizedTensor):
+                rows = integer.carry(rows, self.table[ids])
+        elif isinstance(self.table, QuantizedTensor):
             # Only the rows that are looked up are computed: the product is fused into the look-up. Compiled into the
             # LayerNorm that follows, it would change the order of its sums, and so the last bit against training.
             rows = self.table.dequantize()[ids]
@@ -105,12 +141,25 @@ class Embedding(nn.Module):
             rows = self.table[ids]
         else:
             rows = fake_quantize(self.table, self.numerics.quant.weight_granularity)[ids]
-        return constrain(rows.astype(self.numerics.dtype), "tokens", None, "embed")
+        dtype = jnp.float32 if self.numerics.is_integer else self.numerics.dtype
+        return constrain(rows.astype(dtype), "tokens", None, "embed")
+
+    def _codes(self) -> tuple[Array, Array]:
+        """The table's codes and exponents, in integer arithmetic."""
+        if isinstance(self.table, QuantizedTensor):
+            return self.table.codes, integer.exponent_of(self.table.scale)
+        return integer.quantize_weight(self.table, 1, self.numerics.quant.weight_granularity)
 
     def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
-        if isinstance(self.table, QuantizedTensor):
-            return int8_dot(x_BTC, self.table, self.numerics.quant.activation_bits)
-        logits_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
+        if self.numerics.is_integer:
+            logits_BTV = integer.linear(x_BTC, *self._codes(), 1, None, 64, integer.LOGIT_BITS)
+            if not isinstance(self.table, QuantizedTensor):
+                twin_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
+                logits_BTV = integer.carry(logits_BTV, twin_BTV)
+        elif isinstance(self.table, QuantizedTensor):
+            logits_BTV = int8_dot(x_BTC, self.table, self.numerics.quant.activation_bits)
+        else:
+            logits_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
         if self.used is None or self.used == self.rows:
             return logits_BTV
         return jnp.where(jnp.arange(self.rows)[None, None] < self.used, logits_BTV, jnp.finfo(logits_BTV.dtype).min)

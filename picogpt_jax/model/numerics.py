@@ -37,3 +37,8 @@ class Numerics:
     attention: AttentionForm = "plain"
     exact: bool = True
     exact_cache: bool = True
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether everything between token ids and logits is an integer (`model.integer`)."""
+        return self.mode != "float" and self.quant.mode == "int8" and self.quant.arithmetic == "integer"

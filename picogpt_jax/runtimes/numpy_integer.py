@@ -31,7 +31,7 @@ def bits(a: Ints) -> Ints:
 def shift(x: Ints, s: Ints | int) -> Ints:
     """round(x / 2^s), halves up; to the left it saturates."""
     s = np.clip(np.asarray(s, np.int32), -22, 31)
-    right = np.maximum(s, 0)
+    right: Ints = np.maximum(s, 0)
     y = (x + ((np.int32(1) << right) >> 1)) >> right
     if (s < 0).any():
         left = np.maximum(-s, 0)
@@ -43,7 +43,8 @@ def fit(u: Ints) -> Ints:
     """The smallest shift that makes codes of the vectors u [..., I], [..., 1]."""
     a = np.abs(u).max(-1, keepdims=True)
     t = np.maximum(bits(a) - 7, 0)
-    return t + (shift(a, t) == 128).astype(np.int32)
+    is_too_large: Ints = (shift(a, t) >> 7).astype(np.int32)  # it is 128
+    return t + is_too_large
 
 
 def quantize(u: Ints) -> tuple[Ints, Ints]:
