@@ -82,19 +82,59 @@ def integer_attend(
         first = first + length
     keys, values = (kept[0], kept[2]), (kept[1], kept[3])
     keep = None if drop is None else drop(jnp.ones((*q_BHtD.shape[:3], k_BHTD.shape[2]))) > 0.0
-    y_BHtD = integer.attention(q, keys, values, first, config.block_size, keep)
+    y_BHtD, weights_BHtS = integer.attention(q, keys, values, first, config.block_size, keep)
     if drop is not None:
         y_BHtD = y_BHtD * (1.0 / (1.0 - config.dropout))
     if numerics.mode == "serve" or past is not None or first:
         return y_BHtD, kept
-    q_BHtD = q_BHtD * (math.log(2.0) * math.sqrt(config.head_size))
     q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD, k_BHTD, v_BHTD))
     if numerics.attention == "plain":
-        unchanged: Drop = lambda weights: weights  # noqa: E731
-        twin_BHtD = causal(q_BHtD, k_BHTD, v_BHTD, drop or unchanged, numerics.backward_dtype)
-    else:
-        twin_BHtD = fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)
-    return integer.carry(y_BHtD, twin_BHtD), kept
+        dropping = drop or (lambda weights: weights)
+        attended = with_gradient(y_BHtD, weights_BHtS, q_BHtD, k_BHTD, v_BHTD, dropping, numerics.backward_dtype)
+        return attended, kept
+    q_BHtD = (q_BHtD * (math.log(2.0) * math.sqrt(config.head_size))).astype(numerics.dtype)
+    return integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)), kept
+
+
+def with_gradient(
+    y_BHTD: Float[Array, "B H T D"],
+    weights_BHTT: Int[Array, "B H T T"],
+    q_BHTD: Float[Array, "B H T D"],
+    k_BHTD: Float[Array, "B H T D"],
+    v_BHTD: Float[Array, "B H T D"],
+    drop: Drop,
+    backward_dtype: jnp.dtype | None,
+) -> Float[Array, "B H T D"]:
+    """`y_BHTD`, with the gradient of attention whose softmax is `weights_BHTT`, to the base 2."""
+    by_queries = (((3,), (3,)), ((0, 1), (0, 1)))
+    by_keys = (((3,), (2,)), ((0, 1), (0, 1)))
+    to_keys = (((2,), (2,)), ((0, 1), (0, 1)))
+
+    def dot(lhs: Array, rhs: Array, dimensions: Any) -> Array:
+        if backward_dtype is not None:
+            return products.of_rounded(lhs, rhs, dimensions, backward_dtype)
+        return lax.dot_general(lhs, rhs, dimensions)
+
+    @jax.custom_vjp
+    def attended(y: Array, weights: Array, q: Array, k: Array, v: Array) -> Array:
+        return y
+
+    def forward(y: Array, weights: Array, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        return y, (weights, q, k, v)
+
+    def backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+        weights, q, k, v = kept
+        p = weights.astype(jnp.float32)
+        p = p / p.sum(-1, keepdims=True)
+        gradient = gradient.astype(v.dtype)
+        dv = dot(drop(p).astype(v.dtype), gradient, to_keys)
+        dp = drop(dot(gradient, v, by_queries).astype(jnp.float32))
+        scores = (math.log(2.0) * p * (dp - (dp * p).sum(-1, keepdims=True))).astype(v.dtype)
+        dq, dk = dot(scores, k, by_keys), dot(scores, q, to_keys)
+        return jnp.zeros_like(y_BHTD), None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    attended.defvjp(forward, backward)
+    return attended(y_BHTD, weights_BHTT, q_BHTD, k_BHTD, v_BHTD)
 
 
 def causal_scores(

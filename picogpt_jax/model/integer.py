@@ -48,6 +48,11 @@ carry.defvjp(
 )
 
 
+def written(x: Array) -> Array:
+    """`x`, computed once: else the compiler computes it anew in each of the loops that read it."""
+    return lax.optimization_barrier(x)
+
+
 def power(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     """2^exponent in float32, exactly, for -126 to 127."""
     return lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
@@ -132,7 +137,7 @@ def linear(
     s = jnp.clip(-(x_exponent + exponent_NO + output_bits), -22, 31)
     bound = LIMIT >> jnp.maximum(-s, 0)
     y = jnp.where(s < 0, jnp.clip(acc, -bound, bound), acc)
-    y = floating(jnp.clip(shift(y, s), -LIMIT, LIMIT), output_bits)
+    y = written(floating(jnp.clip(shift(y, s), -LIMIT, LIMIT), output_bits))
     if bias is None:
         return y
     bias_O = floating(jnp.clip(fixed(bias, output_bits), -LIMIT, LIMIT), output_bits)
@@ -148,7 +153,7 @@ def lookup(codes: Int8[Array, "... C"], exponent: Int32[Array, "... 1"]) -> Floa
 def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """x + y on the residual stream; what dropout has multiplied is rounded."""
     total = jnp.clip(fixed(x, RESIDUAL_BITS) + fixed(y, RESIDUAL_BITS), -LARGEST, LARGEST)
-    return floating(total, RESIDUAL_BITS)
+    return written(floating(total, RESIDUAL_BITS))
 
 
 def isqrt(n: Int32[Array, "..."]) -> Int32[Array, "..."]:
@@ -191,7 +196,7 @@ def norm(
         u = jnp.clip(shift(jnp.where(s < 0, jnp.clip(u, -bound, bound), u), s), -LIMIT, LIMIT)
         y = floating(u + jnp.clip(fixed(bias, NORM_BITS), -LIMIT, LIMIT).reshape(row), NORM_BITS)
     codes, t = quantize(y, 64 if bias is None else NORM_BITS)
-    return codes.astype(jnp.float32) * power(t)
+    return written(codes.astype(jnp.float32) * power(t))
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -217,12 +222,15 @@ def attention(
     first: Int[Array, ""] | int,
     block_size: int,
     keep: Array | None = None,
-) -> Float[Array, "B H T D"]:
+) -> tuple[Float[Array, "B H T D"], Int[Array, "B H T S"]]:
     """Causal attention of codes and exponents; a value is code * 2^exponent.
 
     Args:
         first: the queries stand at the positions from here on, the keys at those from 0.
         keep: booleans [B, H, T, S]; weights elsewhere are dropped, after they have been added up.
+
+    Returns:
+        the weighted values, and the weights before any is dropped, int16; those of a query do not add up to 1.
     """
     (q_BHTD, q_exponent), (k_BHSD, k_exponent), (v_BHSD, v_exponent) = q, k, v
     queries, keys, size = q_BHTD.shape[2], k_BHSD.shape[2], q_BHTD.shape[3]
@@ -236,6 +244,8 @@ def attention(
     d = jnp.minimum(z.max(-1, keepdims=True) - z, 15 * 256)
     f = d & 255
     p = jnp.where(is_seen, (4096 - ((f * (2753 - ((705 * f) >> 8))) >> 8)) >> (d >> 8), 0)
+    weights = written(p.astype(jnp.int16))
+    p = weights.astype(jnp.int32)
     den = p.sum(-1, keepdims=True)
     if keep is not None:
         p = jnp.where(keep, p, 0)
@@ -249,7 +259,7 @@ def attention(
     dt = bits(den) - 8
     narrow = shift(den, dt)
     u = shift(o, n) * lax.div((1 << 15) + (narrow >> 1), narrow)
-    return u.astype(jnp.float32) * power(jnp.clip(top + n - 15 - dt, -126, 100))
+    return u.astype(jnp.float32) * power(jnp.clip(top + n - 15 - dt, -126, 100)), weights
 
 
 def _products(lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"]) -> Int32[Array, "B H T N"]:

@@ -24,6 +24,7 @@ from picogpt_jax.devices.sharding import batch_sharding, make_mesh, replicated
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import FLOAT, serving_quant, serving_variables
 from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.model.gpt import GPT, KVCache
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.engine import Overflow, Sampling, checked_tokens
@@ -86,7 +87,7 @@ class Generator:
         )
 
     @classmethod
-    def from_int8(cls, model: Int8Model, mesh: Mesh | None = None) -> Self:
+    def from_int8(cls, model: Int8Model | IntegerModel, mesh: Mesh | None = None) -> Self:
         """Serves int8 products from the codes; there is no float matrix in memory.
 
         Args:
