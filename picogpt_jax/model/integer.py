@@ -216,9 +216,9 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu, "relu": relu}
 
 
 def attention(
-    q: tuple[Int8[Array, "B H T D"], Int8[Array, "B H T 1"]],
-    k: tuple[Int8[Array, "B H S D"], Int8[Array, "B H S 1"]],
-    v: tuple[Int8[Array, "B H S D"], Int8[Array, "B H S 1"]],
+    q: tuple[Int8[Array, "B H T D"], Int[Array, "B H T 1"]],
+    k: tuple[Int8[Array, "B H S D"], Int[Array, "B H S 1"]],
+    v: tuple[Int8[Array, "B H S D"], Int[Array, "B H S 1"]],
     first: Int[Array, ""] | int,
     block_size: int,
     keep: Array | None = None,
