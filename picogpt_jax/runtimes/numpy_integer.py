@@ -235,10 +235,10 @@ class NumpyIntegerGPT:
 
     @classmethod
     def _checked(cls, config: dict[str, Any], tensors: Tensors) -> "NumpyIntegerGPT":
-        quantization = config["quantization"]
+        model, quantization = cls(config, tensors), config["quantization"]
         if any(quantization[name] != value for name, value in QUANTIZATION.items()):
             raise UserError(f"the quantization {str(quantization)[:200]} is none that this runtime computes")
-        return cls(config, tensors)
+        return model
 
     def _take(self, name: str, dtype: str, shape: tuple[int, ...], low: int, high: int) -> npt.NDArray[Any]:
         if name not in self._unread:
