@@ -14,8 +14,11 @@ from picogpt_jax.errors import UserError
 
 if TYPE_CHECKING:
     from picogpt_jax.formats.sources import FloatModel
+    from picogpt_jax.int8.int8_model import Int8Model
+    from picogpt_jax.int8.integer_model import IntegerModel
 
 EXAMPLE_TOKENS = 1024  # whose products are compared
+LOSS_TOKENS = 10 * EXAMPLE_TOKENS  # whose loss shows what integers cost
 
 WORKDIR = cli.DEFINE_path(
     "workdir", None, "Workdir of scripts/train.py (its best checkpoint), a float ckpt.pt or a Hugging Face folder."
@@ -31,13 +34,20 @@ ACTIVATION_BITS = flags.DEFINE_enum(
     "8: int8 products; none: only the weights are int8. Default: as trained.",
     case_sensitive=False,  # None is how a configuration spells it
 )
+ARITHMETIC = flags.DEFINE_enum(
+    "arithmetic",
+    None,
+    ["mixed", "integer"],
+    "mixed: floats between the products (format version 1); integer: integers from end to end, the same bits in every "
+    "runtime (version 2). Default: as trained.",
+)
 DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Where to compute.")
 
 
 def main() -> None:
     if WORKDIR.value is None or OUTPUT.value is None:
         raise UserError("--workdir and --output are needed, e.g. --workdir=runs/debug --output=runs/debug/int8")
-    from picogpt_jax.int8.int8_model import file_bytes, is_int8_folder, save_int8_model
+    from picogpt_jax.int8.folder import file_bytes, is_int8_folder, save_int8_model
 
     output = Path(OUTPUT.value)
     if output.is_dir() and any(output.iterdir()) and not is_int8_folder(output):
@@ -45,6 +55,7 @@ def main() -> None:
     set_up_jax(DEVICE.value, cpu_devices=1)
     from picogpt_jax.formats import sources
     from picogpt_jax.int8 import convert
+    from picogpt_jax.int8.integer_model import IntegerModel
 
     source = sources.load_float(WORKDIR.value)
     quant = source.quant
@@ -57,26 +68,36 @@ def main() -> None:
         "val_loss": source.val_loss,
         "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
     }
-    tokens_BT, text = example(source)
-    parts = (source.config, quant, source.params, source.vocabulary, training)
-    model, rows = convert.quantized(*parts, source.qat, tokens_BT)
+    arithmetic = ARITHMETIC.value or "mixed"
+    tokens_BT, text, ids = example(source)
+    parts = (source.config, quant, source.params, source.vocabulary, training, source.qat, tokens_BT)
+    model, rows = convert.quantized(*parts, arithmetic)
     save_int8_model(model, OUTPUT.value)
 
     print(convert.report_table(rows))
     print(f"products: of {tokens_BT.size:,} tokens of {text}")
+    if isinstance(model, IntegerModel) and ids is not None:
+        mixed, integer = loss(convert.quantized(*parts, "mixed")[0], ids), loss(model, ids)
+        difference = f"{integer - mixed:+.6f} on its first {len(ids) - 1:,} targets"
+        print(f"loss: integer {integer:.6f}, mixed {mixed:.6f} nats: {difference}")
     how = "trained with quantization (QAT)" if source.qat else "trained in float: post-training quantization"
     if source.qat and not model.training["quantization_aware"]:
         how += ", but its products were bad: quantized anew, with LayerNorm weights in the matrices that follow them"
     written, float32_bytes = file_bytes(OUTPUT.value), 4 * model.model.n_parameters
-    print(f"{how}; weights {quant.weight_granularity}, activation_bits {quant.activation_bits}, step {source.step:,}")
+    how += f"; {arithmetic} arithmetic, weights {quant.weight_granularity}, activation_bits {quant.activation_bits}"
+    print(f"{how}, step {source.step:,}")
     print(
         f"wrote {OUTPUT.value}: {written:,} bytes, {float32_bytes / written:.2f}x smaller than "
         f"{float32_bytes:,} of float32; {100 * model.model.int8_share:.2f}% of the parameters are int8"
     )
 
 
-def example(source: "FloatModel") -> tuple[npt.NDArray[np.integer], str]:
-    """Token ids [B, T] to measure on, and what they are: the run's validation text, or any where it is not at hand."""
+def example(source: "FloatModel") -> tuple[npt.NDArray[np.integer], str, npt.NDArray[np.uint16] | None]:
+    """Token ids [B, T] to measure on and what they are: of the run's validation text, or any where it is not at hand.
+
+    Returns:
+        these, and the text's first ids [N] for a loss, or None.
+    """
     from picogpt_jax.text.batches import Tokens
     from picogpt_jax.text.reading import vocabulary_of_data
 
@@ -85,10 +106,28 @@ def example(source: "FloatModel") -> tuple[npt.NDArray[np.integer], str]:
     try:
         if source.run and source.vocabulary.fits(vocabulary_of_data(source.run.data.dir, source.vocabulary.size)):
             tokens = Tokens.open(source.run.data.dir, "val", time, source.vocabulary.size)
-            return tokens.windows(np.linspace(0, len(tokens) - time, shape[0]).astype(np.int64), time), str(tokens.path)
+            windows_BT = tokens.windows(np.linspace(0, len(tokens) - time, shape[0]).astype(np.int64), time)
+            return windows_BT, str(tokens.path), tokens.ids[: LOSS_TOKENS + 1]
     except UserError:
         pass  # the text of a run that was trained elsewhere
-    return np.random.default_rng(0).integers(0, source.vocabulary.size, shape), "no text, drawn at random"
+    drawn_BT = np.random.default_rng(0).integers(0, source.vocabulary.size, shape)
+    return drawn_BT, "no text, drawn at random", None
+
+
+def loss(model: "Int8Model | IntegerModel", ids: npt.NDArray[np.uint16]) -> float:
+    """Mean loss in nats of the ids."""
+    from picogpt_jax.int8.int8_model import config_to_json
+    from picogpt_jax.int8.integer_model import IntegerModel, integer_config_to_json
+    from picogpt_jax.runtimes.loop import evaluate
+    from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
+    from picogpt_jax.runtimes.numpy_model import NumpyGPT
+
+    runtime: NumpyGPT | NumpyIntegerGPT
+    if isinstance(model, IntegerModel):
+        runtime = NumpyIntegerGPT(integer_config_to_json(model), model.tensors)
+    else:
+        runtime = NumpyGPT(config_to_json(model), model.tensors())
+    return evaluate(runtime, ids, model.model.block_size, batch_size=4)  # a few windows fit into a processor's cache
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import pytest
 import torch
 from mutations import change
 from safetensors.numpy import load_file
+from test_folder import random_integer_model
 from test_int8_model import random_model
 from test_sources import write_run
 from test_tokenizer import DEFINITION, write_older_files
@@ -41,8 +42,9 @@ from picogpt_jax.formats import loading, sources
 from picogpt_jax.formats.huggingface import save_huggingface
 from picogpt_jax.formats.onnx_export import save_onnx
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 from picogpt_jax.runtimes.jax_model import JaxGPT
+from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
 from picogpt_jax.runtimes.numpy_model import NumpyGPT
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_of_data
@@ -58,6 +60,7 @@ STATM = Path("/proc/self/statm")
 MESSAGE = 400  # characters, without the file's folder
 TOKENS = np.array([[0, 1, 2, 3]])
 PLAIN = random_model()
+INTEGERS = random_integer_model("per_tensor", n_layer=1, bias=True, activation="gelu_tanh", mlp_ratio=4)
 BIASED = random_model(seed=1, bias=True, n_layer=1, activation="gelu_tanh")
 
 
@@ -85,6 +88,15 @@ def read_int8(path: Path, deep: bool) -> None:
 
 def read_numpy(path: Path, deep: bool) -> None:
     NumpyGPT.load(path).forward(TOKENS)
+
+
+def read_integers(path: Path, deep: bool) -> None:
+    """By our reader and by NumPy's."""
+    loading.load(path, "numpy").logits(TOKENS[0])
+
+
+def read_integers_in_numpy(path: Path, deep: bool) -> None:
+    NumpyIntegerGPT.load(path).forward(TOKENS)
 
 
 def read_int8_file(path: Path, deep: bool) -> None:
@@ -218,6 +230,8 @@ READERS = {
         75, 75, lambda path: save_int8_model(random_model("per_tensor", None, bias=True), path), read_int8
     ),
     "int8-in-numpy": Reader(500, 1, lambda path: save_int8_model(BIASED, path), read_numpy),
+    "integers": Reader(200, 1, lambda path: save_int8_model(INTEGERS, path), read_integers),
+    "integers-in-numpy": Reader(500, 1, lambda path: save_int8_model(INTEGERS, path), read_integers_in_numpy),
     "int8.pt": Reader(120, 120, in_folder("model.pt", lambda p: save_int8_checkpoint(PLAIN, p)), read_int8_file),
     "ckpt.pt": Reader(150, 150, in_folder("ckpt.pt", save_float), read_ckpt),
     "picogpt.pt": Reader(60, 60, make_picogpt, read_picogpt),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from picogpt_jax.config import ModelConfig, QuantConfig
 from picogpt_jax.devices import sharding
+from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import EMBEDDINGS, Int8Model, Int8Tensor, Quantization
-from picogpt_jax.int8.integer_model import IntegerModel
+from picogpt_jax.int8.integer_model import IntegerModel, integer_model
 from picogpt_jax.int8.layout import float_layout
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
@@ -198,29 +199,46 @@ def quantized(
     training: dict[str, Any],
     qat: bool,
     tokens_BT: npt.NDArray[np.integer],
-) -> tuple[Int8Model, list[TensorReport]]:
-    """`int8_model` of whatever was trained, and its report; `training` gets a key "quantization_aware".
+    arithmetic: Literal["mixed", "integer"] = "mixed",
+) -> tuple[Int8Model | IntegerModel, list[TensorReport]]:
+    """The model of whatever was trained, and its report; `training` gets a key "quantization_aware".
 
     What was trained with quantization (`qat`) is served with the codes of training, unless products are so bad that it
     cannot have been trained with these. In all else LayerNorms are folded first.
+
+    Raises:
+        UserError: integers cannot hold this model, or its activations are to stay float.
     """
+    if arithmetic == "integer" and quant.activation_bits is None:
+        raise UserError("activation_bits=none keeps floats; integer arithmetic has none: give 8, or arithmetic=mixed")
+    model: Int8Model | IntegerModel
     rows: list[TensorReport] = []
     for folds in (False, True) if qat else (True,):
         parts = fold_layer_norms(config, params) if folds else params
-        model = int8_model(config, quant, parts, vocabulary, training | {"quantization_aware": not folds})
+        notes = training | {"quantization_aware": not folds}
+        if arithmetic == "integer":
+            arrays = float_arrays(config, parts)
+            model = integer_model(config, quant.weight_granularity, arrays, vocabulary, notes)
+        else:
+            model = int8_model(config, quant, parts, vocabulary, notes)
         rows = report(parts, model, tokens_BT)
         if not any(row.is_bad and row.name.endswith(FOLDABLE) for row in rows):
             break
     return model, rows
 
 
-def report(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer]) -> list[TensorReport]:
+def report(params: Any, served: Int8Model | IntegerModel, tokens_BT: npt.NDArray[np.integer]) -> list[TensorReport]:
     """Compares every int8 matrix with the float one it was made from.
 
     Args:
         tokens_BT: a text of the model's; its activations are multiplied.
     """
+    model = served.mixed()
     products = _product_db(params, model, tokens_BT)
+    scale_bytes = {  # version 2 has an exponent of one byte
+        name: matrix.scale.nbytes if isinstance(served, Int8Model) else served.tensors[f"{name}.weight_exponent"].nbytes
+        for name, matrix in model.matrices.items()
+    }
     return [
         TensorReport(
             name=name,
@@ -229,7 +247,7 @@ def report(params: Any, model: Int8Model, tokens_BT: npt.NDArray[np.integer]) ->
             codes_used=len(np.unique(tensor.codes)),
             sqnr_db=_sqnr_db(float_array(params, f"{name}.weight"), tensor.dequantize()),
             product_db=products.get(name),
-            n_bytes=tensor.codes.nbytes + tensor.scale.nbytes,
+            n_bytes=tensor.codes.nbytes + scale_bytes[name],
         )
         for name, tensor in model.matrices.items()
     ]

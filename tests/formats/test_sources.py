@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_folder import random_integer_model
 from test_int8_model import random_model
 from test_torch_int8_checkpoint import picogpt_file
 from tiny import VOCABULARY, tiny_config
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
+from picogpt_jax.formats import loading
 from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
 from picogpt_jax.formats.hf_documents import tokenizer_files
 from picogpt_jax.formats.onnx_export import save_onnx
@@ -22,7 +24,9 @@ from picogpt_jax.formats.sources import load_float, load_int8, load_numpy, load_
 from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.int8.convert import float_arrays
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.integer_model import IntegerModel
+from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
 from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training.checkpoint import Checkpoints
 from picogpt_jax.training.trainer import Trainer
@@ -254,3 +258,40 @@ def test_a_vocabulary_of_another_size_is_refused_for_numpy(tmp_path: Path) -> No
     VOCABULARY.save(tmp_path / "int8" / "vocab.json")
     with pytest.raises(UserError, match=r"int8: the vocabulary has 12 entries, but model.vocab_size=11"):
         load_numpy(tmp_path / "int8")
+
+
+# --------------------------------------------------------------------------------------------------------- integers
+
+
+def test_a_folder_of_integers_is_recognised_and_runs_in_numpy(tmp_path: Path) -> None:
+    model = random_integer_model()
+    save_int8_model(model, tmp_path / "int8")
+    assert recognise(tmp_path / "int8") == "int8"
+    assert isinstance(load_int8(tmp_path / "int8"), IntegerModel)
+    runtime, vocabulary = load_numpy(tmp_path / "int8")
+    assert isinstance(runtime, NumpyIntegerGPT)
+    assert vocabulary == model.vocabulary
+    loaded = loading.load(tmp_path / "int8", device="cpu")
+    assert loaded.runtime == "numpy"
+    assert f"{model.n_bytes:,} bytes" in loaded.description
+    np.testing.assert_array_equal(loaded.logits([1, 2, 3]), runtime.forward(np.array([[1, 2, 3]]))[0])
+    assert len(loaded.generate("abc", 40)) == 40
+
+
+def test_what_knows_no_integer_functions_takes_the_same_codes(tmp_path: Path) -> None:
+    model = random_integer_model(bias=True)
+    save_int8_model(model, tmp_path / "int8")
+    save_int8_checkpoint(load_int8(tmp_path / "int8").mixed(), tmp_path / "int8.pt")
+    mixed = load_int8(tmp_path / "int8.pt")
+    for name, matrix in mixed.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, model.tensors[f"{name}.weight"], err_msg=name)
+    assert mixed.mixed() is mixed
+    difference = loading.load(tmp_path / "int8.pt", "torch").logits([1, 2, 3])
+    difference -= loading.load(tmp_path / "int8", "numpy").logits([1, 2, 3])
+    assert 0 < np.abs(difference).max() < 0.25, "functions between the products are float ones"
+
+
+def test_integers_are_not_split_among_devices(tmp_path: Path) -> None:
+    save_int8_model(random_integer_model(), tmp_path / "int8")
+    with pytest.raises(UserError, match="--tensor splits models of mixed arithmetic, not of integers; leave it out"):
+        loading.load(tmp_path / "int8", "jax", tensor=2)

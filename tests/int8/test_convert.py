@@ -13,8 +13,11 @@ from tiny import VOCABULARY, tiny_config
 
 from picogpt_jax.config import Config, Granularity
 from picogpt_jax.devices.setup import compiler_options
+from picogpt_jax.errors import UserError
 from picogpt_jax.int8 import convert
-from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model
+from picogpt_jax.int8.folder import load_int8_model, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel, integer_model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, quantize
@@ -298,3 +301,30 @@ def test_what_was_trained_with_quantization_keeps_its_codes() -> None:
     )
     assert all(kept.values())
     assert not folded["transformer.h.0.attn.c_attn.weight"]
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_integers_are_written_of_what_was_trained(qat: bool) -> None:
+    """Of a float training with LayerNorms folded, else as trained; the table is of the codes that are served."""
+    params = jax.tree.map(np.copy, params_of(DEFAULT))
+    params["h_0"]["ln_1"]["scale"][:] = np.linspace(0.5, 1.5, 32)
+    parts = (DEFAULT.model, DEFAULT.quant, params, VOCABULARY, TRAINING)
+    model, rows = convert.quantized(*parts, qat, TOKENS, "integer")
+    assert isinstance(model, IntegerModel)
+    assert model.training == TRAINING | {"quantization_aware": qat}
+    source = params if qat else convert.fold_layer_norms(DEFAULT.model, params)
+    arrays = convert.float_arrays(DEFAULT.model, source)
+    expected = integer_model(DEFAULT.model, "per_channel", arrays, VOCABULARY, {})
+    for name, array in expected.tensors.items():
+        np.testing.assert_array_equal(model.tensors[name], array, err_msg=name, strict=True)
+    assert {row.name: row.n_bytes for row in rows} == {
+        name: expected.tensors[f"{name}.weight"].nbytes + expected.tensors[f"{name}.weight_exponent"].nbytes
+        for name in DEFAULT.model.matrix_shapes()
+    }
+    assert all(35 < row.sqnr_db < 60 for row in rows)
+
+
+def test_integers_refuse_float_activations() -> None:
+    quant = dataclasses.replace(DEFAULT.quant, activation_bits=None)
+    with pytest.raises(UserError, match="activation_bits=none keeps floats; integer arithmetic has none: give 8"):
+        convert.quantized(DEFAULT.model, quant, params_of(DEFAULT), VOCABULARY, TRAINING, True, TOKENS, "integer")
