@@ -225,7 +225,7 @@ def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
     from picogpt_jax.runtimes import torch_model
 
     model = sources.load_int8(path)
-    return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model)), torch_model.draws), model)
+    return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model))), model)
 
 
 def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:
