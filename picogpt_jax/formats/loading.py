@@ -20,6 +20,7 @@ from picogpt_jax.devices.accelerators import Device, has_accelerator
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import sources
 from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling, checked_tokens
 from picogpt_jax.runtimes.loop import Loop
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -48,6 +49,7 @@ class Model:
         description: one line: parameters, the share of them that is int8, bytes, kind of file, runtime.
         runtime: what computes.
         engine: the same on token ids, for many prompts at once.
+        digest: of a model of integer arithmetic, `IntegerModel.digest`; else None.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class Model:
     description: str
     runtime: Runtime
     engine: Engine
+    digest: bytes | None = None
 
     def generate(
         self,
@@ -161,7 +164,8 @@ def load(
         if tensor > 1:
             raise UserError(f"--tensor={tensor} is JAX's; --runtime={runtime} splits no model: leave --tensor out")
         loaded = LOADERS[runtime](path)
-    return Model(loaded.config, loaded.vocabulary, _describe(loaded, kind, runtime), runtime, loaded.engine)
+    description = _describe(loaded, kind, runtime)
+    return Model(loaded.config, loaded.vocabulary, description, runtime, loaded.engine, loaded.digest)
 
 
 def choose_runtime(kind: sources.Kind, device: Device = "auto", tensor: int = 1) -> Runtime:
@@ -182,6 +186,7 @@ class _Loaded(NamedTuple):
     config: ModelConfig
     vocabulary: Vocabulary
     n_bytes: int
+    digest: bytes | None = None
 
 
 def _describe(loaded: _Loaded, kind: sources.Kind, runtime: Runtime) -> str:
@@ -217,8 +222,9 @@ def _load_jax(
     return _Loaded(engine, source.config, source.vocabulary, 4 * source.config.n_parameters)
 
 
-def _int8(engine: Engine, model: Int8Model) -> _Loaded:
-    return _Loaded(engine, model.model, model.vocabulary, model.n_bytes)
+def _int8(engine: Engine, model: Int8Model | IntegerModel) -> _Loaded:
+    digest = model.digest if isinstance(model, IntegerModel) else None
+    return _Loaded(engine, model.model, model.vocabulary, model.n_bytes, digest)
 
 
 def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
