@@ -12,6 +12,7 @@ Shapes: B blocks or windows side by side, T time, V vocabulary.
 """
 
 import hashlib
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -133,12 +134,13 @@ def items_of(content: bytes, vocabulary: Vocabulary) -> list[Item]:
             else:
                 waiting += char.encode("utf-8", "surrogateescape")
         return items + _runs(waiting)
-    try:
-        items = list(vocabulary.encode(text).tolist())
-        is_same = bytes_of(items, vocabulary) == content
-    except (UserError, UnicodeError, TypeError):
-        is_same = False
-    return items if is_same else _runs(content)
+    for part in re.split("([\udc80-\udcff]+)", text):  # what is not UTF-8 stands between
+        try:
+            ids_T = vocabulary.encode(part).tolist()
+        except (UserError, UnicodeError, TypeError):  # the library's, for half a surrogate pair
+            ids_T = _runs(part.encode("utf-8", "surrogateescape"))
+        items += ids_T
+    return items if bytes_of(items, vocabulary) == content else _runs(content)
 
 
 def _runs(content: bytes) -> list[Item]:
@@ -205,8 +207,8 @@ def _parts(runtime: Runtime, blocks: list[list[Item]]) -> Iterator[list[Part]]:
             for begin in range(0, len(spans), at_once):
                 group = spans[begin : begin + at_once]
                 tokens_BT = np.full((len(group), max(end - start for start, _, end in group)), STAND_IN, np.int64)
-                for row, (start, _, end) in zip(tokens_BT, group, strict=True):
-                    row[: end - start] = given[start:end]
+                for given_T, (start, _, end) in zip(tokens_BT, group, strict=True):
+                    given_T[: end - start] = given[start:end]
                 logits_BTV = runtime.forward(tokens_BT)
                 for logits_TV, (start, first, end) in zip(logits_BTV, group, strict=True):
                     found = frequencies(logits_TV[first - start : end - start])

@@ -1,6 +1,7 @@
 """Compressed files come back byte for byte, in any runtime, and damaged ones are refused."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,25 @@ def test_every_content_comes_back(content: bytes, block_size: int, monkeypatch: 
 def test_ids_without_a_text_are_all_bytes() -> None:
     ids = TokenIds.of_size(LETTERS.size, "here")
     assert decompress(compress(b"abc", RUNTIME, ids, DIGEST), RUNTIME, ids, DIGEST) == b"abc"
+
+
+class Pairs(Vocabulary):
+    """A vocabulary of tokens of one or two letters."""
+
+    def encode(self, text: str, source: str = "the text", first: int = 0) -> np.ndarray:
+        if set(text) - set("ab"):
+            raise UserError("no such token")
+        return np.array([["ab", "a", "b"].index(token) for token in re.findall("ab|a|b", text)], np.uint16)
+
+    def decode(self, ids: Any) -> str:
+        return "".join(["ab", "a", "b"][index] for index in ids)
+
+
+def test_a_tokenizers_text_and_what_is_none() -> None:
+    pairs = Pairs(LETTERS.itos)
+    assert compression.items_of(b"abba\xff\xfeba", pairs) == [0, 2, 1, b"\xff\xfe", 2, 1]
+    for content in (b"abba\xff\xfeba", b"", b"abc\xff", b"\xed\xa0\x80a"):
+        assert decompress(compress(content, RUNTIME, pairs, DIGEST), RUNTIME, pairs, DIGEST) == content
 
 
 def test_binary_content_hardly_grows() -> None:
