@@ -49,6 +49,7 @@ class Model:
         description: one line: parameters, the share of them that is int8, bytes, kind of file, runtime.
         runtime: what computes.
         engine: the same on token ids, for many prompts at once.
+        digest: of a model of integer arithmetic, `IntegerModel.digest`; else None.
     """
 
     config: ModelConfig
@@ -56,6 +57,7 @@ class Model:
     description: str
     runtime: Runtime
     engine: Engine
+    digest: bytes | None = None
 
     def generate(
         self,
@@ -162,7 +164,8 @@ def load(
         if tensor > 1:
             raise UserError(f"--tensor={tensor} is JAX's; --runtime={runtime} splits no model: leave --tensor out")
         loaded = LOADERS[runtime](path)
-    return Model(loaded.config, loaded.vocabulary, _describe(loaded, kind, runtime), runtime, loaded.engine)
+    description = _describe(loaded, kind, runtime)
+    return Model(loaded.config, loaded.vocabulary, description, runtime, loaded.engine, loaded.digest)
 
 
 def choose_runtime(kind: sources.Kind, device: Device = "auto", tensor: int = 1) -> Runtime:
@@ -183,6 +186,7 @@ class _Loaded(NamedTuple):
     config: ModelConfig
     vocabulary: Vocabulary
     n_bytes: int
+    digest: bytes | None = None
 
 
 def _describe(loaded: _Loaded, kind: sources.Kind, runtime: Runtime) -> str:
@@ -207,9 +211,6 @@ def _load_jax(
     if kind in INT8:
         model = sources.load_int8(path)
         if isinstance(model, IntegerModel):
-            if tensor > 1:
-                raise UserError("--tensor splits models of mixed arithmetic, not of integers; leave it out")
-            return _int8(JaxGPT.from_integer(model), model)  # type: ignore[attr-defined]
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), 1) if tensor > 1 else None
         return _int8(JaxGPT.from_int8(model, mesh), model)
     if tensor > 1:
@@ -223,7 +224,8 @@ def _load_jax(
 
 
 def _int8(engine: Engine, model: Int8Model | IntegerModel) -> _Loaded:
-    return _Loaded(engine, model.model, model.vocabulary, model.n_bytes)
+    digest = model.digest if isinstance(model, IntegerModel) else None
+    return _Loaded(engine, model.model, model.vocabulary, model.n_bytes, digest)
 
 
 def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
@@ -231,10 +233,10 @@ def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
 
     model = sources.load_int8(path)
     if isinstance(model, IntegerModel):
-        from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT  # type: ignore[import-not-found]
+        from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT
 
-        return _int8(Loop(TorchIntegerGPT(model), torch_model.draws), model)
-    return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model)), torch_model.draws), model)
+        return _int8(Loop(TorchIntegerGPT(model)), model)
+    return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model))), model)
 
 
 def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:

@@ -4,6 +4,8 @@ Every tensor holds integers; a scale is a power of two. Nothing here needs more 
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -129,6 +131,16 @@ class IntegerModel:
                 exponent = int(self.tensors[f"{name}_exponent"][0])
             vectors[name] = np.ldexp(self.tensors[name].astype(np.float32), exponent)
         return vectors
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that tell models apart: of all that decides the logits, and of the vocabulary."""
+        sizes = {"n_head": self.model.n_head, "activation": self.model.activation}
+        found = hashlib.sha256(json.dumps([sizes, self.vocabulary.to_json()], sort_keys=True).encode())
+        for name, array in sorted(self.tensors.items()):
+            found.update(f"{name} {array.dtype.name} {array.shape}".encode())
+            found.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        return found.digest()[:16]
 
     def mixed(self) -> Int8Model:
         """The same codes for mixed arithmetic (version 1), with float functions between the products.

@@ -24,8 +24,9 @@ class Sampling:
     Attributes:
         max_new_tokens: for each prompt.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; None or 0: among all.
-        seed: of the draws; the same seed gives the same tokens in one runtime, on every device whose logits agree.
+        top_k: draw among the k likeliest tokens, the lower ids first where they are equal; None or 0: among all.
+        seed: of the draws; the same seed gives the same tokens in every runtime and on every device whose logits agree,
+            and to each stream of a batch what it would draw among any number of others.
         overflow: once `block_size` tokens are seen, "slide" recomputes the window of the last `block_size` tokens for
             every token (nanoGPT's way, exact); "refill" goes on with a cache of the last `block_size // 2` tokens, the
             newest included, which is far faster.
@@ -43,11 +44,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise UserError(f"max_new_tokens={self.max_new_tokens} is negative")
-        if not 0 <= self.temperature <= 1e30:  # what it multiplies is a float32 number
+        if not 0 <= self.temperature <= 1e30:
             raise UserError(f"temperature={self.temperature} is not a number from 0 to 1e30; 1 draws as trained")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is negative; 0 draws from all tokens")
-        if not 0 <= self.seed < 2**32:  # JAX would leave the upper bits out
+        if not 0 <= self.seed < 2**32:  # a word of the key
             raise UserError(f"seed={self.seed} is not in [0, 2**32)")
         if self.overflow not in ("slide", "refill"):
             raise UserError(f"overflow={self.overflow!r} is not one of 'slide', 'refill'")

@@ -1,6 +1,6 @@
 """Draws text from a model in JAX, with a KV cache and compiled loops that draw many tokens in one dispatch.
 
-Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the noise at hand.
+Shapes: B streams, T time, V vocabulary, N tokens of a piece or of the random bits at hand.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices import sharding
@@ -27,13 +27,14 @@ from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.model.gpt import GPT, KVCache
 from picogpt_jax.model.numerics import Numerics
+from picogpt_jax.runtimes.draws import Scale, random_bits
 from picogpt_jax.runtimes.engine import Overflow, Sampling, checked_tokens
+from picogpt_jax.runtimes.jax_draws import draw
 
 # What has been drawn is streamed after each dispatch. Entering the compiled loop costs as much as many tokens, so the
 # pieces grow for as long as one takes no longer than a reader would notice.
 FIRST_PIECE, GROWTH, PIECE_SECONDS = 8, 4, 0.25
-TOKENS_PER_DISPATCH = 512  # at most, and no more than `NOISE_VALUES` allow
-NOISE_VALUES = 1 << 24  # float32, so 64 MB
+TOKENS_PER_DISPATCH = 512  # at most; for as many the random bits are computed together
 # On CPU, where a device has more streams than its cache holds keys and values, they take turns, a piece each: on two
 # devices 32 streams of the default model are 1.4 times as fast in two turns of 2 x 8. With few streams in a turn the
 # weights, read again at every step, cost what is saved.
@@ -78,7 +79,6 @@ class Generator:
         # A softmax and attention to a cache sum over the positions, a LayerNorm over the width.
         options = compiler_options(longest_sum=max(model.config.block_size, model.config.n_embd))
         self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
-        self._noise = jax.jit(gumbel_noise, static_argnums=(2, 3, 4))
         self._extend = jax.jit(
             self._extend_impl,
             static_argnames=("top_k", "overflow", "exact"),
@@ -129,28 +129,23 @@ class Generator:
         options: dict[str, Any] = dict(
             top_k=top_k if top_k and top_k < vocab_size else None,
             overflow=sampling.overflow if end > self.block_size else None,  # what is never needed is not compiled
-            # What is drawn depends on a noise that other runtimes do not share; the likeliest text is the same in all.
-            exact=sampling.temperature == 0,
+            exact=sampling.temperature == 0,  # of a mixed model that draws, attention in float32 is faster
         )
-        key, heat = jax.random.key(sampling.seed), jnp.float32(sampling.temperature)
-        n_noise = max(1, min(TOKENS_PER_DISPATCH, NOISE_VALUES // (streams * vocab_size)))
-        noise_from = -n_noise  # the index of the token that the noise at hand begins with
-        wanted, index, unread = FIRST_PIECE, prompt_length, None
+        scale = Scale.of(sampling.temperature) if sampling.temperature > 0 else None
+        wanted, index, unread = FIRST_PIECE, 0, None
         turns = np.split(prompt_BT[:, -self.block_size :], self._turns(streams, mesh))
         contexts = [self._fill(variables, turn_BT, batch_sharding(mesh)) for turn_BT in turns]
         began = time.perf_counter()
-        while index < end:
-            if index - noise_from >= n_noise:
-                noise_from = index
-                noise_NBV = self._noise(key, jnp.int32(index), n_noise, streams, vocab_size)
-                parts = jnp.split(noise_NBV, len(turns), axis=1) if len(turns) > 1 else [noise_NBV]
-                noises = [jax.device_put(part, batch_sharding(mesh, 1)) for part in parts]
-                del noise_NBV, parts  # where they are copies, half of the memory
-            used = index - noise_from
-            count = min(wanted, end - index, n_noise - used)
+        while index < sampling.max_new_tokens:
+            used = index % TOKENS_PER_DISPATCH
+            if used == 0:
+                bits_NB = random_bits(sampling.seed, index, TOKENS_PER_DISPATCH, streams)
+                parts = np.split(bits_NB, len(turns), axis=1)
+                bits = [jax.device_put(part, batch_sharding(mesh, 1)) for part in parts]
+            count = min(wanted, sampling.max_new_tokens - index, TOKENS_PER_DISPATCH - used)
             extended = [
-                self._extend(variables, context, noise_NBV, used, count, heat, **options)
-                for context, noise_NBV in zip(contexts, noises, strict=True)
+                self._extend(variables, context, bits_NB, used, count, scale, **options)
+                for context, bits_NB in zip(contexts, bits, strict=True)
             ]
             contexts = [context for _, context in extended]
             index += count
@@ -224,15 +219,15 @@ class Generator:
         self,
         variables: Any,
         context: Context,
-        noise_NBV: Float[Array, "N B V"],
+        bits_NB: UInt32[Array, "N B"],
         used: Int[Array, ""],
         count: Int[Array, ""],
-        temperature: Float[Array, ""],
+        scale: Scale | None,
         top_k: int | None,
         overflow: Overflow | None,
         exact: bool,
     ) -> tuple[Int[Array, "B N"], Context]:
-        """Draws `count` tokens, each from the logits of the one before it, with the noise from `used` on.
+        """Draws `count` tokens, each from the logits of the one before it, with the random bits from `used` on.
 
         Args:
             overflow: what happens in a full context; None: it never gets full.
@@ -242,7 +237,7 @@ class Generator:
 
         def drawn(step: Int[Array, ""], carry: Carry) -> tuple[Array, Array]:
             out_BN, context = carry
-            token_B1 = draw(context.logits, noise_NBV[used + step], temperature, top_k)[:, None]
+            token_B1 = draw(context.logits, bits_NB[used + step], scale, top_k)[:, None]
             return token_B1, lax.dynamic_update_slice_in_dim(out_BN, token_B1, step, axis=1)
 
         def append(step: Int[Array, ""], carry: Carry) -> Carry:
@@ -273,22 +268,5 @@ class Generator:
             past = count if overflow == "slide" else jnp.minimum(count, full + 1)
             return past, lax.fori_loop(full, past, make_room, carry)
 
-        out_BN = jnp.zeros((len(context.logits), len(noise_NBV)), jnp.int32)
+        out_BN = jnp.zeros((len(context.logits), len(bits_NB)), jnp.int32)
         return lax.while_loop(lambda state: state[0] < count, go_on, (jnp.int32(0), (out_BN, context)))[1]
-
-
-def gumbel_noise(key: Array, index: Int[Array, ""], count: int, streams: int, vocab_size: int) -> Float[Array, "N B V"]:
-    """Gumbel noise for the `count` tokens from `index` on: that of index i depends on `fold_in(key, i)` alone."""
-    keys_N = jax.vmap(lambda step: jax.random.fold_in(key, index + step))(jnp.arange(count))
-    return jax.vmap(lambda key: jax.random.gumbel(key, (streams, vocab_size)))(keys_N)
-
-
-def draw(
-    logits_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], temperature: Float[Array, ""], top_k: int | None
-) -> Int[Array, " B"]:
-    """One token for each stream, from softmax(logits / temperature); the likeliest where the temperature is 0."""
-    if top_k is not None:
-        lowest_B1 = lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
-    # The largest of logits + temperature * Gumbel noise is distributed like that; at 0 no noise is left.
-    return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)

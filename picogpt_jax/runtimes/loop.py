@@ -5,19 +5,15 @@ Shapes: B streams, T time, V vocabulary.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from picogpt_jax.runtimes.draws import Draws
 from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling, checked_data, checked_tokens
-
-NOISE_TOKENS = 64  # drawn at once: a call of the random generator costs as much as choosing a token
-
-# float32 logits [B, V] -> one token for each stream, int64 [B]; called once a token, in order.
-Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 
 
 class Runtime(Protocol):
@@ -51,15 +47,6 @@ class Runtime(Protocol):
         ...
 
 
-def gumbel_draws(streams: int, vocab_size: int, sampling: Sampling) -> Choose:
-    """NumPy's draws: the same in every runtime whose logits agree."""
-    noise = Noise(sampling.seed, streams, vocab_size, sampling.temperature)
-    return lambda logits_BV: draw(logits_BV, noise.next(), sampling.top_k)
-
-
-Draws = Callable[[int, int, Sampling], Choose]  # as `gumbel_draws`
-
-
 def generate(
     runtime: Runtime, tokens_BT: npt.NDArray[np.integer], *settings: Any, **named: Any
 ) -> npt.NDArray[np.int64]:
@@ -79,9 +66,7 @@ def generate(
     return np.concatenate([tokens_BT, *pieces(runtime, tokens_BT, sampling)], axis=1, dtype=np.int64)
 
 
-def pieces(
-    runtime: Runtime, prompt_BT: npt.NDArray[np.integer], sampling: Sampling, draws: Draws = gumbel_draws
-) -> Iterator[npt.NDArray[np.int64]]:
+def pieces(runtime: Runtime, prompt_BT: npt.NDArray[np.integer], sampling: Sampling) -> Iterator[npt.NDArray[np.int64]]:
     """The tokens that follow, int64 [B, 1] each, as soon as they are drawn; see `Engine.pieces`.
 
     A window that slides may be computed in two pieces, side by side with the next one (`Runtime.windows_at_once`); its
@@ -91,7 +76,7 @@ def pieces(
     streams, length = prompt_BT.shape
     stop = length + sampling.max_new_tokens
     text_BT = np.concatenate([prompt_BT, np.zeros((streams, sampling.max_new_tokens), np.int64)], axis=1)
-    text = Text(runtime, text_BT, draws(streams, runtime.vocab_size, sampling))
+    text = Text(runtime, text_BT, Draws(sampling, streams))
     first = max(length - runtime.block_size, 0)
     slides_from = stop if sampling.overflow == "refill" else min(first + runtime.block_size + 1, stop)
     steps = text.by_steps(first, range(length, slides_from))
@@ -105,8 +90,8 @@ class Text:
         text_BT: the tokens, with room for more.
     """
 
-    def __init__(self, runtime: Runtime, text_BT: npt.NDArray[np.int64], choose: Choose) -> None:
-        self._runtime, self._text_BT, self._choose = runtime, text_BT, choose
+    def __init__(self, runtime: Runtime, text_BT: npt.NDArray[np.int64], draws: Draws) -> None:
+        self._runtime, self._text_BT, self._draws = runtime, text_BT, draws
 
     def by_steps(self, first: int, ends: range) -> Iterator[npt.NDArray[np.int64]]:
         """With a cache of the tokens from `first` on, which goes on with its newest half when it is full."""
@@ -150,37 +135,8 @@ class Text:
                 yield self._drawn(end, self._runtime.forward(newest_B1, begun.result(), last_only=True))
 
     def _drawn(self, end: int, logits_B1V: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        self._text_BT[:, end] = self._choose(logits_B1V[:, 0])
+        self._text_BT[:, end] = self._draws(logits_B1V[:, 0])
         return self._text_BT[:, end : end + 1]
-
-
-class Noise:
-    """Gumbel noise times the temperature, [B, V] a token: the largest of logits + noise is a draw from
-    softmax(logits / temperature); at temperature 0 there is none."""
-
-    def __init__(self, seed: int, batch: int, vocab_size: int, temperature: float) -> None:
-        self._generator = np.random.default_rng(seed)
-        self._shape, self._temperature = (NOISE_TOKENS, batch, vocab_size), temperature
-        self._noise_NBV, self._used = np.zeros(self._shape), NOISE_TOKENS
-
-    def next(self) -> npt.NDArray[np.float64]:
-        """The noise of the next token."""
-        if self._used == NOISE_TOKENS:
-            if self._temperature > 0:
-                self._noise_NBV = self._temperature * self._generator.gumbel(size=self._shape)
-            self._used = 0
-        self._used += 1
-        return self._noise_NBV[self._used - 1]
-
-
-def draw(
-    logits_BV: npt.NDArray[np.float32], noise_BV: npt.NDArray[np.float64], top_k: int | None
-) -> npt.NDArray[np.int64]:
-    """One token for each stream, int64 [B]."""
-    if top_k and top_k < logits_BV.shape[1]:
-        lowest_B1 = np.partition(logits_BV, -top_k, axis=-1)[:, -top_k, None]
-        logits_BV = np.where(logits_BV < lowest_B1, np.float32(-np.inf), logits_BV)
-    return (logits_BV + noise_BV).argmax(-1)
 
 
 def evaluate(runtime: Runtime, tokens: npt.ArrayLike, block_size: int, batch_size: int = BATCH_SIZE) -> float:
@@ -221,14 +177,14 @@ def losses(logits_NV: npt.NDArray[np.float32], targets_N: npt.NDArray[np.integer
 class Loop:
     """An `Engine` of a runtime that only computes logits."""
 
-    def __init__(self, runtime: Runtime, draws: Draws = gumbel_draws) -> None:
-        self._runtime = runtime
-        self.pieces = functools.partial(pieces, runtime, draws=draws)
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.pieces = functools.partial(pieces, runtime)
 
     def logits(self, tokens_BT: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """See `Engine`."""
-        return self._runtime.forward(tokens_BT.astype(np.int64))
+        return self.runtime.forward(tokens_BT.astype(np.int64))
 
     def loss(self, ids: npt.NDArray[np.integer]) -> float:
         """See `Engine`."""
-        return evaluate(self._runtime, ids, self._runtime.block_size)
+        return evaluate(self.runtime, ids, self.runtime.block_size)

@@ -204,7 +204,7 @@ class Int8GPT(nn.Module):
 
     def generate(self, tokens_BT: Tensor, *settings: Any, **named: Any) -> Tensor:
         """Continues every row of `tokens_BT`, int64 [B, T], by the `settings` of `Sampling`: int64 [B, T + N]."""
-        text = loop.pieces(TorchGPT(self), tokens_BT.cpu().numpy(), Sampling(*settings, **named), draws)
+        text = loop.pieces(TorchGPT(self), tokens_BT.cpu().numpy(), Sampling(*settings, **named))
         return torch.cat([tokens_BT, *(torch.from_numpy(piece_B1).to(tokens_BT.device) for piece_B1 in text)], dim=1)
 
     def evaluate(self, tokens: npt.ArrayLike, block_size: int, batch_size: int = BATCH_SIZE) -> float:
@@ -232,20 +232,3 @@ class TorchGPT:
         """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`."""
         logits_BTV: Tensor = self._network(torch.from_numpy(tokens_BT).to(self._device), cache, last_only)
         return logits_BTV.cpu().numpy()
-
-
-def draws(streams: int, vocab_size: int, sampling: Sampling) -> loop.Choose:
-    """PyTorch's draws; see `picogpt_jax.runtimes.loop.gumbel_draws`."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    options = (sampling.temperature, sampling.top_k, generator)
-    return lambda logits_BV: sample(torch.from_numpy(logits_BV), *options)[:, 0].numpy()
-
-
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draws one token per row, int64 [B, 1]."""
-    if temperature == 0:
-        return logits_BV.argmax(-1, keepdim=True)
-    vocab_size = logits_BV.shape[-1]
-    values_BK, ids_BK = logits_BV.double().topk(min(top_k or vocab_size, vocab_size))
-    shifted_BK = (values_BK - values_BK[:, :1]) / temperature  # which keeps softmax from overflowing
-    return ids_BK.gather(1, shifted_BK.softmax(-1).multinomial(1, generator=generator))

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import types
 from typing import Any, Literal
 
 import jax
@@ -15,11 +16,12 @@ from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.devices.sharding import batch_sharding, make_mesh
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import FLOAT, params_from_arrays, serving_quant, serving_variables
-from picogpt_jax.model.gpt import GPT
+from picogpt_jax.model.gpt import GPT, KVCache
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes import jax_generator as generate_module
+from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import Overflow, Sampling
-from picogpt_jax.runtimes.jax_generator import TOKENS_PER_DISPATCH, Generator, draw, gumbel_noise
+from picogpt_jax.runtimes.jax_generator import TOKENS_PER_DISPATCH, Generator
 from picogpt_jax.runtimes.torch_model import Int8GPT
 
 BLOCK = 16
@@ -267,16 +269,6 @@ def test_the_pieces_are_the_text_whatever_its_length(overflow: Overflow) -> None
     np.testing.assert_array_equal(generate(count - 50), text[:, :-50])
 
 
-def test_little_memory_for_noise_does_not_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a large vocabulary it is drawn for few tokens at a time."""
-    generate = functools.partial(generator("float").generate, prompts(STREAMS, 3), 2 * BLOCK, overflow="refill")
-    text = generate()
-    monkeypatch.setattr(generate_module, "NOISE_VALUES", 3 * STREAMS * VOCAB_SIZE)
-    pieces = list(generator("float").pieces(prompts(STREAMS, 3), Sampling(2 * BLOCK, overflow="refill")))
-    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), text[:, 3:])
-    assert max(piece.shape[1] for piece in pieces) == 3
-
-
 def test_no_new_tokens_leave_the_prompt() -> None:
     prompt = prompts(1, BLOCK + 4)
     np.testing.assert_array_equal(generator("float").generate(prompt, 0), prompt)
@@ -299,19 +291,36 @@ def test_a_wide_top_k_is_none() -> None:
         np.testing.assert_array_equal(generate(top_k=top_k), generate(top_k=None))
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
-def test_tokens_are_drawn_with_their_probability(temperature: float, top_k: int | None) -> None:
-    logits = np.array([1.0, 2.0, 0.0, -1.0, 1.5], np.float32)
-    draws = 4000
-    noise_NBV = gumbel_noise(jax.random.key(0), jnp.int32(7), 1, draws, len(logits))
-    tokens = draw(jnp.tile(logits, (draws, 1)), noise_NBV[0], jnp.float32(temperature), top_k)
-    weights = np.exp(logits / temperature)
-    if top_k is not None:
-        weights[np.argsort(logits)[:-top_k]] = 0.0
-    expected = weights / weights.sum()
-    found = np.bincount(tokens, minlength=len(logits)) / draws
-    assert np.all(found[expected == 0] == 0)
-    assert np.all(np.abs(found - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / draws))
+@overflows
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 3}, {"top_k": 3}])
+def test_the_loop_of_the_other_runtimes_draws_the_same_text(overflow: Overflow, options: dict[str, Any]) -> None:
+    """Where their logits agree: here they are one table's of the last token alone."""
+    table_VV = np.random.default_rng(0).normal(0, 2, (VOCAB_SIZE, VOCAB_SIZE)).astype(np.float32)
+
+    class Bigrams:
+        """A model and a runtime that looks its logits up."""
+
+        windows_at_once, block_size, vocab_size = 1, BLOCK, VOCAB_SIZE
+
+        def new_cache(self, batch: int) -> Any:
+            return types.SimpleNamespace(length=0)
+
+        def forward(self, tokens_BT: np.ndarray, cache: Any = None, last_only: bool = False) -> np.ndarray:
+            if cache is not None:
+                cache.length += tokens_BT.shape[1]
+            return table_VV[tokens_BT[:, -1:] if last_only else tokens_BT]
+
+    def apply(self: Any, variables: Any, tokens: Any, exact: bool = True, cache: Any = None, **options: Any) -> Any:
+        logits = jnp.asarray(table_VV)[tokens[:, -1:] if options.get("last_only") else tokens]
+        length = jnp.int32(tokens.shape[1]) + (0 if cache is None else cache.length)
+        return (logits, KVCache((), length)) if cache is not None or options.get("keep_cache") else logits
+
+    streams = prompts(STREAMS, 6)
+    with pytest.MonkeyPatch.context() as patch, quick_compilation():
+        patch.setattr(Generator, "_apply", apply)
+        found = Generator.from_params(MODEL.model, {}).generate(streams, 5 * BLOCK, overflow=overflow, **options)
+    expected = loop.generate(Bigrams(), streams, 5 * BLOCK, overflow=overflow, **options)
+    np.testing.assert_array_equal(found, expected)
 
 
 # --------------------------------------------------------------------------------------------------------- the mistakes

@@ -13,8 +13,9 @@ from test_int8_model import random_model
 from test_numpy_model import numpy_model, random_tokens
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.draws import AT_ONCE
 from picogpt_jax.runtimes.engine import Sampling
-from picogpt_jax.runtimes.loop import NOISE_TOKENS, Noise, draw, evaluate, generate, pieces
+from picogpt_jax.runtimes.loop import evaluate, generate, pieces
 from picogpt_jax.runtimes.numpy_model import KVCache, NumpyGPT
 from picogpt_jax.runtimes.torch_model import Int8GPT
 
@@ -113,29 +114,11 @@ def test_every_token_comes_as_soon_as_it_is_drawn() -> None:
 
 def test_the_seed_decides_and_the_rows_differ() -> None:
     prompt_BT = np.zeros((2, 1), np.int64)
-    first, again, other = (generate(MODEL, prompt_BT, NOISE_TOKENS + 9, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (generate(MODEL, prompt_BT, AT_ONCE + 9, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert (first[0] != first[1]).any()
     assert generate(MODEL, prompt_BT, 0).shape == (2, 1)
-
-
-def test_draws_follow_the_softmax() -> None:
-    logits_1V = np.array([[0.0, 1.0, 0.5, -1.0]], np.float32)
-
-    def frequencies(temperature: float, top_k: int | None) -> list[float]:
-        noise = Noise(0, 1, 4, temperature)
-        drawn = [draw(logits_1V, noise.next(), top_k).item() for _ in range(20_000)]
-        return (np.bincount(drawn, minlength=4) / len(drawn)).tolist()
-
-    weights = np.exp(logits_1V[0] / 0.5)
-    everything = (weights / weights.sum()).tolist()
-    for top_k in (None, 0, 99):
-        assert frequencies(0.5, top_k) == pytest.approx(everything, abs=0.02)
-    share = 1 / (1 + math.exp(-0.5))
-    assert frequencies(1.0, 2) == pytest.approx([0, share, 1 - share, 0], abs=0.02)
-    for certain in (frequencies(0.0, None), frequencies(1.0, 1), frequencies(1e-50, None)):
-        assert certain == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
