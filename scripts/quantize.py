@@ -68,7 +68,7 @@ def main() -> None:
         "val_loss": source.val_loss,
         "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
     }
-    arithmetic = ARITHMETIC.value or "mixed"
+    arithmetic = ARITHMETIC.value or source.quant.arithmetic
     tokens_BT, text, ids = example(source)
     parts = (source.config, quant, source.params, source.vocabulary, training, source.qat, tokens_BT)
     model, rows = convert.quantized(*parts, arithmetic)

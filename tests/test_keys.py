@@ -25,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **dict(train__gradient_accumulation_steps=2, train__backward_dtype="auto"),
     ),
     "int8 gradients": dict(
-        **dict(quant__backward_bits=8, train__seed=1, train__batch_size=4),
+        **dict(quant__backward_bits=8, quant__arithmetic="integer", train__seed=1, train__batch_size=4),
         **dict(checkpoint__keep=1, log__wandb_project="other"),
     ),
     "float": dict(

@@ -10,7 +10,7 @@ It computes "Version 2" of `picogpt_jax/int8/README.md`, which names every step.
 - an operation whose operands are all in the cache is free compared with one more pass over memory, so most are in
   place, and `half` is added with the product before it.
 
-Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers; I inputs, O outputs.
+Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary; I inputs, O outputs.
 """
 
 import contextlib
@@ -100,7 +100,8 @@ class Matrix(nn.Module):
         """Of int8 codes [..., I] and their scales [..., 1]: float32 [..., O] with so many fraction bits."""
         acc_NO = self._sums(codes.reshape(-1, codes.shape[-1]))
         acc_NO.mul_(scale.reshape(-1, 1) * 2.0**fraction_bits)
-        y_NO = rounded(acc_NO, self.scale.to(acc_NO.dtype), self.one_half.to(acc_NO.dtype)).clamp_(-LIMIT, LIMIT).float()
+        scale_O, half = self.scale.to(acc_NO.dtype), self.one_half.to(acc_NO.dtype)
+        y_NO = rounded(acc_NO, scale_O, half).clamp_(-LIMIT, LIMIT).float()
         if self.bias is not None:
             y_NO += self.bias
         return y_NO.view(*codes.shape[:-1], -1)
@@ -121,7 +122,7 @@ class Norm(nn.Module):
     bias: Tensor | None
     factor: Tensor
     scale: Tensor
-    half_C: Tensor
+    half_row: Tensor
 
     def __init__(self, model: IntegerModel, name: str) -> None:
         super().__init__()
@@ -136,11 +137,11 @@ class Norm(nn.Module):
         self.is_plain = bool((self.m == 4096).all())  # as where the weight is in the matrix that follows
         self.register_buffer("factor", self.m.float() * 2.0**-12, persistent=False)
         self.register_buffer("scale", power(self.exponent) * 2.0 ** (12 - k - self.v), persistent=False)
-        self.register_buffer("half_C", torch.full((width,), 0.5), persistent=False)
+        self.register_buffer("half_row", torch.full((width,), 0.5), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes [..., C] and their scales [..., 1]."""
-        x = torch.addcmul(self.half_C, x, above(largest(x)).reciprocal_().mul_(2.0**11)).floor_()
+        x = torch.addcmul(self.half_row, x, above(largest(x)).reciprocal_().mul_(2.0**11)).floor_()
         total = x.sum(-1, keepdim=True).int()
         d = x.sub_(torch.add(total, total.sign(), alpha=self.width >> 1).div_(self.width, rounding_mode="trunc"))
         deviation = torch.mul(d, 2.0**-self.v).add_(0.5).floor_().square_().sum(-1, keepdim=True).clamp_min_(1).sqrt_()
@@ -148,14 +149,14 @@ class Norm(nn.Module):
         q = (deviation / size).floor_()
         r = (q * 0.5).floor_().add_(self.K).div_(q).floor_()
         if not self.is_plain:
-            rounded(d, self.factor, self.half_C)
+            rounded(d, self.factor, self.half_row)
         scale = self.scale / size
         if self.bias is None:
             t = fit(largest(d).mul_(r))
-            return rounded(d, r.div_(t), self.half_C).to(torch.int8), scale.mul_(t)
-        u = rounded(d, r.mul_(scale).mul_(2.0**NORM_BITS), self.half_C).clamp_(-LIMIT, LIMIT).add_(self.bias)
+            return rounded(d, r.div_(t), self.half_row).to(torch.int8), scale.mul_(t)
+        u = rounded(d, r.mul_(scale).mul_(2.0**NORM_BITS), self.half_row).clamp_(-LIMIT, LIMIT).add_(self.bias)
         t = fit(largest(u))
-        return rounded(u, t.reciprocal(), self.half_C).to(torch.int8), t.mul_(2.0**-NORM_BITS)
+        return rounded(u, t.reciprocal(), self.half_row).to(torch.int8), t.mul_(2.0**-NORM_BITS)
 
 
 def gelu(u: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ class Attention(nn.Module):
 
     def _heads(self, y_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """Quantizes each head: codes as float32 [K, B, H, T, D], K = 1 or 2, and their scales [K, B, H, T, 1]."""
-        batch, time, width = y_BTC.shape
+        batch, time, _ = y_BTC.shape
         size = self.key_value.codes.shape[1] // self.n_head
         heads = y_BTC.view(batch, time, -1, self.n_head, size).permute(2, 0, 3, 1, 4)
         t = fit(largest(heads).contiguous())
@@ -262,7 +263,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-LayerNorm transformer block."""
 
-    half_F: Tensor
+    half_row: Tensor
 
     def __init__(self, model: IntegerModel, layer: int) -> None:
         super().__init__()
@@ -272,7 +273,7 @@ class Block(nn.Module):
         self.attention = Attention(model, layer)
         self.attn_proj = Matrix(model, f"{name}.attn.c_proj")
         self.c_fc, self.mlp_proj = Matrix(model, f"{name}.mlp.c_fc"), Matrix(model, f"{name}.mlp.c_proj")
-        self.register_buffer("half_F", torch.full((model.model.n_hidden,), 0.5), persistent=False)
+        self.register_buffer("half_row", torch.full((model.model.n_hidden,), 0.5), persistent=False)
 
     def forward(self, x_BTC: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
         """`last_only`: the last position's values only, [B, 1, C]; the cache takes all keys and values."""
@@ -282,7 +283,7 @@ class Block(nn.Module):
         h = self.c_fc(*self.ln_2(x_BTC), self.hidden_bits)
         h = h.clamp_min_(0) if self.is_relu else gelu(h)
         t = fit(largest(h))
-        codes = rounded(h, t.reciprocal(), self.half_F).to(torch.int8)
+        codes = rounded(h, t.reciprocal(), self.half_row).to(torch.int8)
         return self.mlp_proj(codes, t.mul_(2.0**-RESIDUAL_BITS), RESIDUAL_BITS).add_(x_BTC).clamp_(-LARGEST, LARGEST)
 
 
@@ -344,5 +345,6 @@ class TorchIntegerGPT:
         self, tokens_BT: npt.NDArray[np.int64], cache: Any = None, last_only: bool = False
     ) -> npt.NDArray[np.float32]:
         """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`."""
-        logits_BTV: Tensor = self.network(torch.from_numpy(tokens_BT).to(self.network.wte.codes.device), cache, last_only)
+        tokens = torch.from_numpy(tokens_BT).to(self.network.wte.codes.device)
+        logits_BTV: Tensor = self.network(tokens, cache, last_only)
         return logits_BTV.cpu().numpy()

@@ -1,13 +1,13 @@
-"""Integer arithmetic in JAX: the bits of the specification's own program, whatever the devices, the batch and the form."""
+"""Integer arithmetic in JAX: the bits of the specification's own program, on any devices, in any batch and form."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from tiny import BATCHES, tiny_config
 
 from picogpt_jax.config import MeshConfig, ModelConfig
@@ -21,6 +21,8 @@ from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 
 INTEGER = dataclasses.replace(FLOAT, mode="int8", arithmetic="integer")
 LETTERS = Vocabulary(itos=tuple("\nabcdefghij"))
@@ -43,16 +45,10 @@ def random_params(config: ModelConfig, seed: int = 0, stddev: float = 0.2) -> An
     generator = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
-        around = 1.0 if path[-2].key == "scale" or path[-1] == "scale" else 0.0
+        around = float(path[-1].key == "scale")
         return jnp.asarray(generator.normal(around, stddev, leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.tree.map(lambda leaf: leaf, unboxed(shapes)))
-
-
-def unboxed(tree: Any) -> Any:
-    from flax import linen as nn
-
-    return nn.unbox(tree)
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
 
 
 def made(config: ModelConfig, params: Any, granularity: Any = "per_channel") -> IntegerModel:
@@ -106,7 +102,7 @@ def test_extremes_stay_within_the_bounds(kind: str) -> None:
     elif kind == "zeros":
         params["wte"]["embedding"], params["wpe"]["embedding"] = jnp.zeros((11, 64)), jnp.zeros((16, 64))
     else:
-        params = jax.tree.map(lambda leaf: leaf * 1e-4, params)
+        params = jax.tree_util.tree_map_with_path(lambda p, x: x if p[-1].key == "scale" else x * 1e-4, params)
     tokens = np.full((1, 16), 5)
     expected = in_numpy(made(config, params)).forward(tokens)
     np.testing.assert_array_equal(trained_logits(config, params, tokens), expected)
@@ -116,11 +112,11 @@ def test_logits_do_not_depend_on_the_batch_or_on_what_follows() -> None:
     config = config_of()
     params = random_params(config)
     whole = trained_logits(config, params, TOKENS)
-    for row in range(3):
-        np.testing.assert_array_equal(trained_logits(config, params, TOKENS[row : row + 1, :9]), whole[row : row + 1, :9])
+    alone = trained_logits(config, params, TOKENS[1:2, :9])
+    np.testing.assert_array_equal(alone, whole[1:2, :9])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (4, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2)])
 def test_logits_are_the_same_over_any_mesh(sizes: tuple[int, int, int]) -> None:
     config = config_of(n_embd=64, n_head=4, vocab_size=11)
     params = random_params(config)
@@ -141,12 +137,10 @@ def test_a_scan_and_remat_change_nothing() -> None:
     config = config_of()
     params = random_params(config)
     expected = trained_logits(config, params, TOKENS)
-    for scan in (False, True):
-        for remat in ("none", "block", "dots"):
-            model = GPT(config, Numerics(INTEGER, "train"), scan=scan, remat=remat)  # type: ignore[arg-type]
-            tree = stack(params) if scan else params
-            found = jax.jit(functools.partial(model.apply))({"params": tree}, jnp.asarray(TOKENS))
-            np.testing.assert_array_equal(np.asarray(found), expected)
+    for scan, remat in ((True, "block"), (False, "dots")):
+        model = GPT(config, Numerics(INTEGER, "train"), scan=scan, remat=remat)  # type: ignore[arg-type]
+        found = jax.jit(model.apply)({"params": stack(params) if scan else params}, jnp.asarray(TOKENS))
+        np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_gradients_are_close_to_those_of_mixed_arithmetic() -> None:
