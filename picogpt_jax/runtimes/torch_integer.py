@@ -100,7 +100,9 @@ class Matrix(nn.Module):
         """Of int8 codes [..., I] and their scales [..., 1]: float32 [..., O] with so many fraction bits."""
         acc_NO = self._sums(codes.reshape(-1, codes.shape[-1]))
         acc_NO.mul_(scale.reshape(-1, 1) * 2.0**fraction_bits)
-        y_NO = rounded(acc_NO, self.scale.to(acc_NO.dtype), self.one_half.to(acc_NO.dtype)).clamp_(-LIMIT, LIMIT).float()
+        y_NO = (
+            rounded(acc_NO, self.scale.to(acc_NO.dtype), self.one_half.to(acc_NO.dtype)).clamp_(-LIMIT, LIMIT).float()
+        )
         if self.bias is not None:
             y_NO += self.bias
         return y_NO.view(*codes.shape[:-1], -1)
@@ -344,5 +346,7 @@ class TorchIntegerGPT:
         self, tokens_BT: npt.NDArray[np.int64], cache: Any = None, last_only: bool = False
     ) -> npt.NDArray[np.float32]:
         """Logits of the next token at every position, float32 [B, T, V]; see `picogpt_jax.runtimes.loop.Runtime`."""
-        logits_BTV: Tensor = self.network(torch.from_numpy(tokens_BT).to(self.network.wte.codes.device), cache, last_only)
+        logits_BTV: Tensor = self.network(
+            torch.from_numpy(tokens_BT).to(self.network.wte.codes.device), cache, last_only
+        )
         return logits_BTV.cpu().numpy()
