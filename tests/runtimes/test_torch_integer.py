@@ -12,7 +12,7 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.int8.integer_model import IntegerModel, integer_model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
-from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT, above, fit
+from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT
 from picogpt_jax.text.vocabulary import Vocabulary
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=11, mlp_ratio=2, bias=False, activation="gelu")
@@ -169,12 +169,3 @@ def test_more_positions_than_the_window_are_an_error() -> None:
     network.forward(np.zeros((1, 16), np.int64), cache)
     with pytest.raises(ValueError, match="17 positions do not fit into block_size=16"):
         network.forward(np.zeros((1, 1), np.int64), cache)
-
-
-def test_powers_of_two_are_read_off_a_float() -> None:
-    a = torch.arange(1 << 17)
-    bits = torch.tensor([int(value).bit_length() for value in a])
-    t = (bits - 7).clamp_min(0)
-    t += (((a + ((1 << t) >> 1)) >> t) == 128).int()
-    torch.testing.assert_close(fit(a.float()), 2.0**t, rtol=0, atol=0)
-    torch.testing.assert_close(above(a.float())[1:], 2.0 ** bits[1:], rtol=0, atol=0)
