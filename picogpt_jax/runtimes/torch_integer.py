@@ -232,7 +232,9 @@ class Attention(nn.Module):
         t = fit(a).mul_(scale).masked_fill_(a == 0, 0).amax(1, keepdim=True)
         t.masked_fill_(t == 0, 1)
         codes_BHDT = rounded_(o, r.mul_(scale).div_(t)).to(torch.int8)
-        return codes_BHDT.permute(1, 2, 0, 3).reshape(self.n_head * self.head_size, -1).T, t.view(-1, 1)
+        codes_CN = codes_BHDT.permute(1, 2, 0, 3).reshape(self.n_head * self.head_size, -1)
+        codes_NC = codes_CN.T if codes_CN.shape[1] > 1 else codes_CN.view(1, -1)  # of strides (1, 1) the sums are wrong
+        return codes_NC, t.view(-1, 1)
 
 
 class Block(nn.Module):
