@@ -72,7 +72,8 @@ def shift(x: Int32[Array, "..."], s: Int32[Array, "..."] | int) -> Int32[Array, 
     """round(x / 2^s), halves up, for s up to 31; where s is negative, x * 2^-s."""
     s = jnp.asarray(s, jnp.int32)
     right = jnp.maximum(s, 0)
-    return ((x + ((jnp.int32(1) << right) >> 1)) >> right) << jnp.maximum(-s, 0)
+    half = jnp.where(s > 0, jnp.int32(1) << jnp.maximum(s - 1, 0), 0)
+    return ((x + half) >> right) << jnp.maximum(-s, 0)
 
 
 def fixed(x: Float[Array, "..."], fraction_bits: int) -> Int32[Array, "..."]:

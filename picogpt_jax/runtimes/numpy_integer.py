@@ -43,7 +43,7 @@ def shift(x: Ints, s: Ints | int) -> Ints:
     """round(x / 2^s), halves up; to the left it saturates."""
     s = np.clip(np.asarray(s, np.int32), -22, 31)
     right: Ints = np.maximum(s, 0)
-    y = (x + ((np.int32(1) << right) >> 1)) >> right
+    y = (x + np.where(s > 0, np.int32(1) << np.maximum(s - 1, 0), np.int32(0))) >> right
     if (s < 0).any():
         left = np.maximum(-s, 0)
         y = np.where(s < 0, np.clip(x, -(LIMIT >> left), LIMIT >> left) << left, y)

@@ -73,7 +73,8 @@ def down(a: Tensor, length: int) -> Tensor:
 
 def power(exponent: Tensor) -> Tensor:
     """2^exponent."""
-    return exponent.int().add_(number(127)).bitwise_left_shift_(number(23)).view(torch.float32)
+    bits = torch.add(exponent.int(), number(127)).bitwise_left_shift_(number(23))
+    return bits.view(torch.float32)
 
 
 def exponent_of(power: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class Norm(nn.Module):
         total = torch.add(total, total.sign(), alpha=self.width >> 1)
         d.sub_(total.div_(number(self.width), rounding_mode="trunc"))
         variance = torch.mul(d, number(2.0**-self.v)).add_(number(0.5)).floor_().square_().sum(-1, keepdim=True)
-        deviation = variance.clamp_min_(1).sqrt_()
-        size = down(deviation, 12)  # 2^j; a float32's square root rounds to no integer that it is below
+        deviation = variance.clamp_min_(1).double().sqrt_().float()  # in float32 it may be wrong in the last bit
+        size = down(deviation, 12)  # 2^j
         q = deviation.mul_(size).floor_()
         r = torch.mul(q, number(0.5)).floor_().add_(number(self.K)).div_(q).floor_()
         if not self.is_plain:

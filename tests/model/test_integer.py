@@ -193,3 +193,4 @@ def test_the_integer_square_root_is_exact() -> None:
 def test_a_shift_rounds_halves_up() -> None:
     assert integer.shift(jnp.asarray([-6, -5, -3, -2, -1, 1, 2, 3, 5]), 2).tolist() == [-1, -1, -1, 0, 0, 0, 1, 1, 1]
     assert integer.shift(jnp.asarray([-3, 3]), -2).tolist() == [-12, 12]
+    assert integer.shift(jnp.asarray([-1, 0, 1 << 24]), 31).tolist() == [0, 0, 0]

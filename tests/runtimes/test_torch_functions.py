@@ -20,7 +20,7 @@ def test_powers_of_two_are_read_off_a_float() -> None:
     assert torch.equal(exponent_of(power(exponents)), exponents.int())
 
 
-@pytest.mark.parametrize("s", [1, 2, 3, 11, 22, 23, 24, 25, 30])
+@pytest.mark.parametrize("s", [1, 2, 3, 11, 22, 23, 24, 25, 30, 31])
 def test_a_shift_to_the_right_is_exact_up_to_the_largest_sum(s: int) -> None:
     generator = np.random.default_rng(s)
     most = 127 * 127 * 1040
@@ -29,7 +29,9 @@ def test_a_shift_to_the_right_is_exact_up_to_the_largest_sum(s: int) -> None:
     x = np.concatenate([generator.integers(-most, most + 1, 10_000), *ends, near_halves])
     x = x[np.abs(x) <= most]
     floats, factor = torch.from_numpy(x).float()[:, None], torch.full((len(x), 1), 2.0**-s)
-    np.testing.assert_array_equal(rounded(floats, factor)[:, 0].numpy(), (x + (1 << (s - 1))) >> s)
+    expected = (x + (1 << (s - 1))) >> s
+    np.testing.assert_array_equal(rounded(floats, factor)[:, 0].numpy(), expected)
+    np.testing.assert_array_equal(numpy_integer.shift(x.astype(np.int32), s), expected)
 
 
 def test_rounding_is_the_same_whichever_dimension_the_factor_has() -> None:

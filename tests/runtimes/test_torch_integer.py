@@ -93,6 +93,19 @@ def test_other_sizes(changes: dict[str, int]) -> None:
     check(random_model(**changes), batch=2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 21, 192, 1030])
+def test_layer_norms_of_many_tokens(width: int, bias: bool) -> None:
+    model = random_model(n_embd=width, n_head=1 + (width > 1024), bias=bias, n_layer=1, block_size=1)
+    generator = np.random.default_rng(0)
+    x_BTC = generator.normal(size=(1, (1 << 20) // (width + 31), width)) * generator.choice([1, 30, 3e3, 1e6], (width,))
+    x_BTC = np.clip(np.rint(x_BTC), -(2**23 - 1), 2**23 - 1).astype(np.int32)
+    expected, exponent = numpy_integer(model).ln_f(x_BTC)
+    codes, scale = TorchIntegerGPT(model).network.ln_f(torch.from_numpy(x_BTC).float())
+    np.testing.assert_array_equal(codes.numpy(), expected[0])
+    np.testing.assert_array_equal(scale.numpy(), 2.0 ** exponent[0])
+
+
 def extreme(model: IntegerModel, kind: str, seed: int = 0) -> IntegerModel:
     generator = np.random.default_rng(seed)
     tensors = {name: array.copy() for name, array in model.tensors.items()}
