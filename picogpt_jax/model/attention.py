@@ -89,52 +89,64 @@ def integer_attend(
         return y_BHtD, kept
     q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD, k_BHTD, v_BHTD))
     if numerics.attention == "plain":
-        dropping = drop or (lambda weights: weights)
-        attended = with_gradient(y_BHtD, weights_BHtS, q_BHtD, k_BHTD, v_BHTD, dropping, numerics.backward_dtype)
-        return attended, kept
+        kept_scale = 1.0 / (1.0 - config.dropout)
+        operands = (y_BHtD, weights_BHtS, keep, q_BHtD, k_BHTD, v_BHTD)
+        return with_gradient(*operands, kept_scale, numerics.backward_dtype), kept
     q_BHtD = (q_BHtD * (math.log(2.0) * math.sqrt(config.head_size))).astype(numerics.dtype)
     return integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)), kept
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def with_gradient(
-    y_BHTD: Float[Array, "B H T D"],
-    weights_BHTT: Int[Array, "B H T T"],
-    q_BHTD: Float[Array, "B H T D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    drop: Drop,
+    y_BHTD: Array,
+    weights_BHTT: Array,
+    keep_BHTT: Array | None,
+    q_BHTD: Array,
+    k_BHTD: Array,
+    v_BHTD: Array,
+    kept_scale: float,
     backward_dtype: jnp.dtype | None,
-) -> Float[Array, "B H T D"]:
-    """`y_BHTD`, with the gradient of attention whose softmax is `weights_BHTT`, to the base 2."""
-    by_queries = (((3,), (3,)), ((0, 1), (0, 1)))
-    by_keys = (((3,), (2,)), ((0, 1), (0, 1)))
-    to_keys = (((2,), (2,)), ((0, 1), (0, 1)))
+) -> Array:
+    """`y_BHTD`, with the gradient of attention whose weights these are; scores are logarithms to the base 2.
 
-    def dot(lhs: Array, rhs: Array, dimensions: Any) -> Array:
+    Args:
+        weights_BHTT: integers, which are divided by their sum.
+        keep_BHTT: what dropout leaves, times `kept_scale`; None: everything.
+        backward_dtype: see `Numerics`.
+    """
+    return y_BHTD
+
+
+def _forward(y: Array, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    return y, operands[:5]
+
+
+def _backward(
+    kept_scale: float, backward_dtype: jnp.dtype | None, operands: tuple[Any, ...], gradient: Array
+) -> tuple[Array | None, ...]:
+    weights, keep, q, k, v = operands
+    last, before = (((3,), (3,)), ((0, 1), (0, 1))), (((3,), (2,)), ((0, 1), (0, 1)))
+
+    def dot(lhs: Array, rhs: Array, dimensions: products.Dimensions) -> Array:
         if backward_dtype is not None:
             return products.of_rounded(lhs, rhs, dimensions, backward_dtype)
         return lax.dot_general(lhs, rhs, dimensions)
 
-    @jax.custom_vjp
-    def attended(y: Array, weights: Array, q: Array, k: Array, v: Array) -> Array:
-        return y
+    def dropped(x: Array) -> Array:
+        return x if keep is None else jnp.where(keep, x * kept_scale, 0.0)
 
-    def forward(y: Array, weights: Array, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-        return y, (weights, q, k, v)
+    p = weights.astype(jnp.float32)
+    p = p / p.sum(-1, keepdims=True)
+    narrow = gradient.astype(v.dtype)
+    to_keys = (((2,), (2,)), ((0, 1), (0, 1)))
+    dv = dot(dropped(p).astype(v.dtype), narrow, to_keys)
+    dp = dropped(dot(narrow, v, last).astype(jnp.float32))
+    scores = (math.log(2.0) * p * (dp - (dp * p).sum(-1, keepdims=True))).astype(v.dtype)
+    dq, dk = dot(scores, k, before), dot(scores, q, to_keys)
+    return jnp.zeros_like(gradient), None, None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    def backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-        weights, q, k, v = kept
-        p = weights.astype(jnp.float32)
-        p = p / p.sum(-1, keepdims=True)
-        gradient = gradient.astype(v.dtype)
-        dv = dot(drop(p).astype(v.dtype), gradient, to_keys)
-        dp = drop(dot(gradient, v, by_queries).astype(jnp.float32))
-        scores = (math.log(2.0) * p * (dp - (dp * p).sum(-1, keepdims=True))).astype(v.dtype)
-        dq, dk = dot(scores, k, by_keys), dot(scores, q, to_keys)
-        return jnp.zeros_like(y_BHTD), None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    attended.defvjp(forward, backward)
-    return attended(y_BHTD, weights_BHTT, q_BHTD, k_BHTD, v_BHTD)
+with_gradient.defvjp(_forward, _backward)
 
 
 def causal_scores(
