@@ -20,7 +20,9 @@ from picogpt_jax.benchmarks import compare
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.formats import loading
-from picogpt_jax.int8.int8_model import Int8Model, load_int8_model
+from picogpt_jax.int8.folder import load_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
@@ -102,7 +104,7 @@ def chosen_runtimes() -> list[str]:
     return [name for name in ALL if name not in missing]
 
 
-def open_ids(model: Int8Model) -> npt.NDArray[np.uint16]:
+def open_ids(model: Int8Model | IntegerModel) -> npt.NDArray[np.uint16]:
     if not model.vocabulary.fits(vocabulary_of_data(DATA.value, model.vocabulary.size)):
         raise UserError(f"--data={DATA.value} has another vocabulary than --model={MODEL.value}; give its own data")
     ids = Tokens.open(DATA.value, "val", model.model.block_size, model.model.vocab_size).ids
@@ -119,7 +121,7 @@ def passes(runtime: loading.Runtime, path: Path) -> compare.Passes:
     return engine.logits, likeliest
 
 
-def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
+def time_sample(name: str, path: Path, model: Int8Model | IntegerModel) -> dict[str, float]:
     """Times `sample.py` with this runtime; the second run counts, when what can be cached on disk is."""
     start = START if START in model.vocabulary.itos else model.vocabulary.itos[0]
     script = Path(__file__).resolve().parent / "sample.py"
@@ -130,24 +132,31 @@ def time_sample(name: str, path: Path, model: Int8Model) -> dict[str, float]:
     return dataclasses.asdict(compare.time_process(command, len(start)))
 
 
-def export_onnx(model: Int8Model, exact: bool = True) -> Path:
+def export_onnx(model: Int8Model | IntegerModel, exact: bool = True) -> Path:
+    folder = Path(OUTPUT.value) / ("onnx" if exact else f"onnx{NOEXACT}")
+    if isinstance(model, IntegerModel):
+        if not exact:
+            raise UserError("integers are exact: there is no other way")
+        from picogpt_jax.formats.onnx_integer import export_integer_onnx
+
+        export_integer_onnx(model, folder)
+        return folder
     from picogpt_jax.formats.onnx_export import save_onnx
 
-    folder = Path(OUTPUT.value) / ("onnx" if exact else f"onnx{NOEXACT}")
     save_onnx(model, folder, exact)
     return folder
 
 
-def export_gguf(model: Int8Model) -> Path:
+def export_gguf(model: Int8Model | IntegerModel) -> Path:
     from picogpt_jax.formats.gguf_export import save_gguf
 
     path = Path(OUTPUT.value) / "model.gguf"
-    save_gguf(model, path)
+    save_gguf(model.mixed(), path)
     return path
 
 
 # The others read the int8 folder.
-EXPORTS: dict[str, Callable[[Int8Model], Path]] = {
+EXPORTS: dict[str, Callable[[Int8Model | IntegerModel], Path]] = {
     "onnx": export_onnx,
     f"onnx{NOEXACT}": functools.partial(export_onnx, exact=False),
     "llama.cpp": export_gguf,

@@ -8,7 +8,9 @@ from absl import flags
 from picogpt_jax import cli
 from picogpt_jax.errors import UserError, command
 from picogpt_jax.formats import sources
-from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model
+from picogpt_jax.int8.folder import VOCABULARY_FILE
+from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.text.reading import vocabulary_of_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/: an imported workdir needs a configuration
@@ -100,11 +102,19 @@ def to_torch() -> None:
     print(f"wrote {OUTPUT.value}: nanoGPT's float checkpoint of step {source.step:,}")
 
 
+def load_mixed() -> Int8Model:
+    """The int8 model, for a format that knows no functions of integers."""
+    model = sources.load_int8(INPUT.value)
+    if isinstance(model, IntegerModel):
+        print("the codes are those of the integer model; the functions between the products are float in this format")
+    return model.mixed()
+
+
 def to_torch_int8() -> None:
     from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
     from picogpt_jax.int8.int8_model import requantize_per_tensor
 
-    model = sources.load_int8(INPUT.value)
+    model = load_mixed()
     written = requantize_per_tensor(model) if REQUANTIZE.value else model
     save_int8_checkpoint(written, OUTPUT.value)
     print(f"wrote {OUTPUT.value}: picoGPT's int8 checkpoint")
@@ -121,7 +131,7 @@ def to_huggingface() -> None:
     from picogpt_jax.formats.huggingface import dequantized, save_huggingface
 
     if sources.recognise(INPUT.value) in ("int8", "torch-int8"):
-        model = sources.load_int8(INPUT.value)
+        model = load_mixed()
         save_huggingface(model.model, dequantized(model), model.vocabulary, OUTPUT.value)
         what = "the dequantized int8 weights"
     else:
@@ -139,16 +149,24 @@ def to_huggingface() -> None:
 def to_gguf() -> None:
     from picogpt_jax.formats.gguf_export import save_gguf
 
-    cost = save_gguf(sources.load_int8(INPUT.value), OUTPUT.value)
+    cost = save_gguf(load_mixed(), OUTPUT.value)
     print(f"wrote {OUTPUT.value}: {Path(OUTPUT.value).stat().st_size:,} bytes, Q8_0 for llama.cpp")
     if cost:
         print(cost)
 
 
 def to_onnx() -> None:
-    from picogpt_jax.formats.onnx_export import save_onnx
+    model = sources.load_int8(INPUT.value)
+    if isinstance(model, IntegerModel):
+        if not EXACT.value:
+            raise UserError(f"{INPUT.value} computes in integers, which are exact: leave --noexact out")
+        from picogpt_jax.formats.onnx_integer import export_integer_onnx
 
-    save_onnx(sources.load_int8(INPUT.value), OUTPUT.value, EXACT.value)
+        export_integer_onnx(model, OUTPUT.value)
+    else:
+        from picogpt_jax.formats.onnx_export import save_onnx
+
+        save_onnx(model, OUTPUT.value, EXACT.value)
     size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
     print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
 

@@ -37,7 +37,7 @@ DEVICE = flags.DEFINE_enum("device", "cpu", ["auto", "cpu", "gpu", "tpu"], "Wher
 def main() -> None:
     if WORKDIR.value is None or OUTPUT.value is None:
         raise UserError("--workdir and --output are needed, e.g. --workdir=runs/debug --output=runs/debug/int8")
-    from picogpt_jax.int8.int8_model import file_bytes, is_int8_folder, save_int8_model
+    from picogpt_jax.int8.folder import file_bytes, is_int8_folder, save_int8_model
 
     output = Path(OUTPUT.value)
     if output.is_dir() and any(output.iterdir()) and not is_int8_folder(output):

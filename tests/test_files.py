@@ -20,7 +20,8 @@ from tiny import VOCABULARY, tiny_config
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_folder, atomic_path, check_replaceable, disk_failure, locked, read_json, write_json
 from picogpt_jax.formats import huggingface
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization, save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization
 
 
 def names(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ from picogpt_jax.formats import loading, sources
 from picogpt_jax.formats.huggingface import save_huggingface
 from picogpt_jax.formats.onnx_export import save_onnx
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 from picogpt_jax.runtimes.jax_model import JaxGPT
 from picogpt_jax.runtimes.numpy_model import NumpyGPT
 from picogpt_jax.text.batches import Tokens

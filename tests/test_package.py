@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_int8_model import random_model
 
 from picogpt_jax import __version__
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("setuptools") is None, reason="needs setuptools: pip install setuptools"

@@ -17,7 +17,8 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
 from picogpt_jax.formats.gpt2_tensors import TABLE, linear_weights
 from picogpt_jax.formats.hf_documents import hf_documents, padding
-from picogpt_jax.int8.int8_model import TENSORS_FILE, Int8Model
+from picogpt_jax.int8.folder import TENSORS_FILE
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.int8.layout import check_finite, check_layout, float_layout, layout_of
 from picogpt_jax.text.vocabulary import Vocabulary
 

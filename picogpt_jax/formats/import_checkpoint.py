@@ -36,7 +36,7 @@ def load_for_import(path: str | os.PathLike[str], data_dir: str | os.PathLike[st
     """
     if sources.recognise(path) not in ("int8", "torch-int8"):
         return sources.load_float(path, data_dir)
-    model = sources.load_int8(path)
+    model = sources.load_int8(path).mixed()
     sources.check_vocabulary(model.vocabulary, model.model, path, data_dir)
     return float_model(model)
 

@@ -20,6 +20,7 @@ from picogpt_jax.devices.accelerators import Device, has_accelerator
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import sources
 from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling, checked_tokens
 from picogpt_jax.runtimes.loop import Loop
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -205,6 +206,10 @@ def _load_jax(
 
     if kind in INT8:
         model = sources.load_int8(path)
+        if isinstance(model, IntegerModel):
+            if tensor > 1:
+                raise UserError("--tensor splits models of mixed arithmetic, not of integers; leave it out")
+            return _int8(JaxGPT.from_integer(model), model)  # type: ignore[attr-defined]
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), 1) if tensor > 1 else None
         return _int8(JaxGPT.from_int8(model, mesh), model)
     if tensor > 1:
@@ -217,7 +222,7 @@ def _load_jax(
     return _Loaded(engine, source.config, source.vocabulary, 4 * source.config.n_parameters)
 
 
-def _int8(engine: Engine, model: Int8Model) -> _Loaded:
+def _int8(engine: Engine, model: Int8Model | IntegerModel) -> _Loaded:
     return _Loaded(engine, model.model, model.vocabulary, model.n_bytes)
 
 
@@ -225,6 +230,10 @@ def _load_torch(path: str | os.PathLike[str]) -> _Loaded:
     from picogpt_jax.runtimes import torch_model
 
     model = sources.load_int8(path)
+    if isinstance(model, IntegerModel):
+        from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT  # type: ignore[import-not-found]
+
+        return _int8(Loop(TorchIntegerGPT(model), torch_model.draws), model)
     return _int8(Loop(torch_model.TorchGPT(torch_model.Int8GPT(model)), torch_model.draws), model)
 
 

@@ -13,13 +13,16 @@ from picogpt_jax.config import Config, ModelConfig, QuantConfig
 from picogpt_jax.errors import UserError, command, errors_in
 from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
 from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_huggingface
-from picogpt_jax.int8.int8_model import VOCABULARY_FILE, Int8Model, is_int8_folder, load_int8_model
+from picogpt_jax.int8.folder import VOCABULARY_FILE, is_int8_folder, load_int8_model, stored_version
+from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import INTEGER_VERSION, IntegerModel
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
 from picogpt_jax.text.tokenizer import has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
 
 if TYPE_CHECKING:
     from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
+    from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
     from picogpt_jax.training.trainer import Trainer
@@ -95,8 +98,8 @@ def _is_gguf(path: Path) -> bool:
         return False
 
 
-def load_int8(path: str | os.PathLike[str]) -> Int8Model:
-    """The int8 model of an int8 folder or a PyTorch int8 file."""
+def load_int8(path: str | os.PathLike[str]) -> Int8Model | IntegerModel:
+    """The int8 model of an int8 folder or a PyTorch int8 file, as it is; `mixed()` of it has float functions."""
     kind = recognise(path)
     if kind == "int8":
         return load_int8_model(path)
@@ -190,15 +193,18 @@ def _refuse_export(path: str | os.PathLike[str], kind: Kind) -> None:
         raise UserError(f"{path} is {what}, which {runtime} runs; here, give the int8 folder that it was made from")
 
 
-def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT", Vocabulary]:
+def load_numpy(path: str | os.PathLike[str]) -> tuple["NumpyGPT | NumpyIntegerGPT", Vocabulary]:
     """The model of an int8 folder, read by the NumPy runtime itself, and the folder's vocabulary."""
     kind = recognise(path)
     if kind != "int8":
         make = command("scripts/quantize.py", workdir=path if kind == "workdir" else "WORKDIR", output="FOLDER")
         raise UserError(f"--runtime=numpy takes an int8 folder, not {path} ({kind}); make one with: {make}")
+    from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
     from picogpt_jax.runtimes.numpy_model import NumpyGPT
 
-    model, vocabulary = NumpyGPT.load(path), load_vocabulary(Path(path) / VOCABULARY_FILE)
+    reader = NumpyIntegerGPT if stored_version(path) == INTEGER_VERSION else NumpyGPT
+    model: NumpyGPT | NumpyIntegerGPT = reader.load(path)
+    vocabulary = load_vocabulary(Path(path) / VOCABULARY_FILE)
     if vocabulary.size != model.vocab_size:
         raise UserError(
             f"{path}: the vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}; make the "

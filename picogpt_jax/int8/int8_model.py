@@ -1,4 +1,4 @@
-"""Reads, writes and checks the portable int8 model, a folder; README.md beside this file specifies it (version 1).
+"""The int8 model: format version 1 of the int8 folder, which README.md beside this file specifies.
 
 A value is code * scale, with codes in [-127, 127] and one scale per row ([rows, 1]) or per matrix ([1, 1]). The head is
 `transformer.wte` again and is not stored. Nothing here needs more than numpy and safetensors.
@@ -6,32 +6,18 @@ A value is code * scale, with codes in [-127, 127] and one scale per row ([rows,
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from picogpt_jax.config import Granularity, ModelConfig, check_names, section_from_dict
-from picogpt_jax.errors import UserError, errors_in, reason
-from picogpt_jax.files import atomic_folder, read_json, write_json
-from picogpt_jax.int8.layout import (
-    check_depth,
-    check_finite,
-    check_layout,
-    int8_layout,
-    layout_of,
-    read_as,
-    stored_in_safetensors,
-)
-from picogpt_jax.text.reading import vocabulary_from_json
+from picogpt_jax.errors import UserError, reason
+from picogpt_jax.int8.layout import check_depth, check_finite, check_layout, int8_layout, layout_of
 from picogpt_jax.text.vocabulary import Vocabulary
 
 FORMAT = "picogpt-int8"
 FORMAT_VERSION = 1
-TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocab.json"
 MAX_CODE = 127
 EMBEDDINGS = ("transformer.wte", "transformer.wpe")
 
@@ -39,7 +25,8 @@ EMBEDDINGS = ("transformer.wte", "transformer.wpe")
 SMALLEST_ABSMAX = np.float32(2.0**-119)
 
 # The `quantization` section of config.json: key -> the values that this version computes.
-QUANTIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
+Choices = Mapping[str, tuple[Any, ...]]
+QUANTIZATION_CHOICES: Choices = {
     "weight_bits": (8,),
     "weight_granularity": ("per_channel", "per_tensor"),
     "activation_bits": (8, None),
@@ -57,7 +44,7 @@ class Quantization:
     activation_bits: int | None
 
     def __post_init__(self) -> None:
-        _check_quantization(dataclasses.asdict(self))
+        _check_quantization(dataclasses.asdict(self), QUANTIZATION_CHOICES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,6 +120,10 @@ class Int8Model:
         """Bytes of all tensors, as `model.safetensors` has them."""
         return sum(array.nbytes for array in self.tensors().values())
 
+    def mixed(self) -> "Int8Model":
+        """This model: its arithmetic is mixed, integers in the products and floats between them."""
+        return self
+
 
 def check_json(name: str, value: Any) -> None:
     """Raises a UserError if `value` is no dict of strict JSON (no NaN or infinity, no arrays of another library)."""
@@ -142,62 +133,6 @@ def check_json(name: str, value: Any) -> None:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{name} cannot be written as JSON: {reason(error)}") from None
-
-
-def save_int8_model(model: Int8Model, folder: str | os.PathLike[str]) -> None:
-    """Writes the folder in one step; an existing one is replaced as a whole.
-
-    Raises:
-        UserError: `folder` is a file or cannot be written.
-    """
-    tensors = {name: np.ascontiguousarray(array) for name, array in model.tensors().items()}
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / TENSORS_FILE, metadata={"format": "pt"})
-        write_json(temporary / CONFIG_FILE, config_to_json(model))
-        write_json(temporary / VOCABULARY_FILE, model.vocabulary.to_json())
-
-
-def load_int8_model(folder: str | os.PathLike[str]) -> Int8Model:
-    """Reads and checks the folder; no tensor is read before its header agrees with `config.json`.
-
-    Raises:
-        UserError: a file is missing, damaged, or of another format or version, or anything in it is not as it must be.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected one with {TENSORS_FILE}, {CONFIG_FILE}, {VOCABULARY_FILE}")
-    config = read_json(folder / CONFIG_FILE)
-    with errors_in(folder / CONFIG_FILE):
-        model, quantization, training = config_from_json(config)
-    vocabulary = vocabulary_from_json(read_json(folder / VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
-    with errors_in(folder / TENSORS_FILE):
-        found = stored_in_safetensors(folder / TENSORS_FILE)
-        check_depth(model, found)
-        tensors = read_as(int8_layout(model, quantization.weight_granularity), found)
-    with errors_in(folder):
-        return Int8Model(
-            model=model,
-            quantization=quantization,
-            training=training,
-            vocabulary=vocabulary,
-            matrices={
-                name: Int8Tensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
-                for name in model.matrix_shapes()
-            },
-            vectors={name: tensors[name] for name in model.vector_shapes()},
-        )
-
-
-def is_int8_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` means to be an int8 folder; a damaged one counts, so that loading it can say what is wrong."""
-    path = Path(path)
-    if not (path / CONFIG_FILE).is_file():
-        return False
-    try:
-        config = read_json(path / CONFIG_FILE)
-    except UserError:
-        return (path / TENSORS_FILE).is_file()
-    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def config_to_json(model: Int8Model) -> dict[str, Any]:
@@ -219,24 +154,50 @@ def config_from_json(value: Any) -> tuple[ModelConfig, Quantization, dict[str, A
     Raises:
         UserError: another format or version, an unknown or missing key, a value of the wrong type or out of range.
     """
+    check_version(value, FORMAT_VERSION)
+    model, quantization, training = read_sections(value, QUANTIZATION_CHOICES)
+    varying = {field.name: quantization[field.name] for field in dataclasses.fields(Quantization)}
+    return model, Quantization(**varying), training
+
+
+def check_version(value: Any, *known: int) -> int:
+    """The version that the contents of config.json state.
+
+    Raises:
+        UserError: another format, or a version that is not `known`.
+    """
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise UserError(f"format is {found!r:.60}; expected {FORMAT!r}: this is another kind of model")
     version = value.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(f"format_version is {version!r:.40}; this picogpt_jax reads {FORMAT_VERSION}: update it")
-    check_names("config.json", value, ("format", "format_version", "model", "quantization", "training"))
+    if type(version) is not int or version not in known:
+        reads = " and ".join(map(str, known))
+        raise UserError(f"format_version is {version!r:.40}; this picogpt_jax reads {reads}: update it")
+    return version
+
+
+def read_sections(
+    value: dict[str, Any], choices: Choices, *more: str
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """The sections model, quantization (values among `choices`) and training of config.json.
+
+    Args:
+        more: keys beside those that every version has.
+
+    Raises:
+        UserError: an unknown or missing key, a value of the wrong type or out of range.
+    """
+    check_names("config.json", value, ("format", "format_version", *more, "model", "quantization", "training"))
     check_json("training", value["training"])
     model, quantization = section_from_dict(ModelConfig, "model", value["model"]), value["quantization"]
-    check_names("quantization", quantization, QUANTIZATION_CHOICES)
-    _check_quantization(quantization)
-    varying = {field.name: quantization[field.name] for field in dataclasses.fields(Quantization)}
-    return model, Quantization(**varying), value["training"]
+    check_names("quantization", quantization, choices)
+    _check_quantization(quantization, choices)
+    return model, quantization, value["training"]
 
 
-def _check_quantization(values: Mapping[str, Any]) -> None:
+def _check_quantization(values: Mapping[str, Any], known: Choices) -> None:
     for name, value in values.items():
-        choices = QUANTIZATION_CHOICES[name]
+        choices = known[name]
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise UserError(f"quantization.{name}={value!r:.60} is not one of {', '.join(map(repr, choices))}")
 
@@ -258,11 +219,6 @@ def _quantize_per_tensor(values: np.ndarray) -> Int8Tensor:
     scale = np.where(absmax < SMALLEST_ABSMAX, np.float32(1), absmax) / np.float32(MAX_CODE)
     codes = np.rint(np.clip(values * (np.float32(1) / scale), -MAX_CODE, MAX_CODE))
     return Int8Tensor(codes.astype(np.int8), scale)
-
-
-def file_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes on disk of the three files of an int8 folder."""
-    return sum((Path(folder) / name).stat().st_size for name in (TENSORS_FILE, CONFIG_FILE, VOCABULARY_FILE))
 
 
 def _check_values(name: str, array: np.ndarray) -> None:

@@ -12,9 +12,21 @@ import numpy.typing as npt
 
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization, check_json
+from picogpt_jax.int8.int8_model import (
+    FORMAT,
+    QUANTIZATION_CHOICES,
+    Int8Model,
+    Int8Tensor,
+    Quantization,
+    check_json,
+    check_version,
+    read_sections,
+)
 from picogpt_jax.int8.layout import Layout, check_depth, check_layout, layout_of
 from picogpt_jax.text.vocabulary import Vocabulary
+
+INTEGER_VERSION = 2  # of the format
+INTEGER_CHOICES = {**QUANTIZATION_CHOICES, "activation_bits": (8,), "quantize_attention": (True,)}
 
 # Fraction bits of the outputs of a linear layer.
 RESIDUAL_BITS = LOGIT_BITS = 10
@@ -123,6 +135,33 @@ class IntegerModel:
             matrices=matrices,
             vectors=vectors,
         )
+
+
+def integer_config_to_json(model: IntegerModel) -> dict[str, Any]:
+    """The contents of config.json."""
+    quantization = {name: choices[0] for name, choices in INTEGER_CHOICES.items()}
+    return {
+        "format": FORMAT,
+        "format_version": INTEGER_VERSION,
+        "arithmetic": "integer",
+        "model": dataclasses.asdict(model.model),
+        "quantization": quantization | {"weight_granularity": model.weight_granularity},
+        "training": model.training,
+    }
+
+
+def integer_config_from_json(value: Any) -> tuple[ModelConfig, Granularity, dict[str, Any]]:
+    """Reads what `integer_config_to_json` wrote.
+
+    Raises:
+        UserError: another format or version, an unknown or missing key, a value of the wrong type or out of range.
+    """
+    check_version(value, INTEGER_VERSION)
+    model, quantization, training = read_sections(value, INTEGER_CHOICES, "arithmetic")
+    if value["arithmetic"] != "integer":
+        raise UserError(f"arithmetic is {value['arithmetic']!r:.60}; expected 'integer'")
+    check_sizes(model)
+    return model, quantization["weight_granularity"], training
 
 
 def check_sizes(config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from picogpt_jax.errors import UserError, reason
 # What a file holds: tensor name -> (dtype as numpy spells it, shape).
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 # safetensors' names of types -> numpy's.
-SAFETENSORS_DTYPES = {"I8": "int8", "F32": "float32"}
+SAFETENSORS_DTYPES = {"I8": "int8", "I16": "int16", "I32": "int32", "F32": "float32"}
 
 
 class Stored(NamedTuple):
@@ -93,13 +93,13 @@ def stored_in_safetensors(path: Path, dtypes: Mapping[str, str] = SAFETENSORS_DT
     stored = {}
     for name, header in headers.items():
         layout = (dtypes.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
-        stored[name] = Stored(name, layout, functools.partial(_array, file, name))
+        stored[name] = Stored(name, layout, functools.partial(_array, file, name, layout[0]))
     return stored
 
 
-def _array(file: Any, name: str) -> np.ndarray:
-    array = file.get_tensor(name)
-    return array.astype(np.float32) if array.itemsize == 2 else array
+def _array(file: Any, name: str, dtype: str) -> np.ndarray:
+    array: np.ndarray = file.get_tensor(name)
+    return array.astype(np.float32, copy=False) if dtype == "float32" else array
 
 
 def read_as(layout: Layout, found: Mapping[str, Stored]) -> dict[str, np.ndarray]:

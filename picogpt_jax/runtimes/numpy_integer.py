@@ -1,18 +1,21 @@
 """The integer model in NumPy alone: version 2 of the int8 folder, and its functions of integers, as a program.
 
 It is "Version 2" of `picogpt_jax/int8/README.md` in code, with the names used there, and shares none with the other
-runtimes. Every value is an integer; products of matrices are computed in float, which holds these integers exactly.
+runtimes; `numpy_reading` reads the folder. Every value is an integer; products of matrices are computed in float, which
+holds these integers exactly.
 
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary; I inputs, O outputs.
 """
 
 import math
+import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.numpy_reading import Tensors, read_folder
 
 Ints = npt.NDArray[np.int32]
 
@@ -21,6 +24,14 @@ LARGEST = (1 << 23) - 1  # of the residual stream
 RESIDUAL_BITS, HEAD_BITS, NORM_BITS, GELU_BITS = 10, 12, 12, 8
 EXACT_FEATURES = 2**24 // 127**2  # 1040: as many products of two codes sum up exactly in float32
 LOGIT = np.float32(2.0**-RESIDUAL_BITS)
+# What config.json must say beside the granularity.
+QUANTIZATION = {
+    "weight_bits": 8,
+    "activation_bits": 8,
+    "activation_granularity": "per_token",
+    "symmetric": True,
+    "quantize_attention": True,
+}
 
 
 def bits(a: Ints) -> Ints:
@@ -178,13 +189,14 @@ class NumpyIntegerGPT:
     windows_at_once = 1
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> None:
-        found = (config["format"], config["format_version"], config["arithmetic"])
+        found = tuple(config.get(name) for name in ("format", "format_version", "arithmetic"))
         if found != ("picogpt-int8", 2, "integer"):
             raise UserError(f"{found!s:.100} is not picogpt-int8 version 2 with integer arithmetic")
         model = config["model"]
         self.n_layer, self.n_head, self.n_embd = model["n_layer"], model["n_head"], model["n_embd"]
         self.block_size, self.vocab_size, self.has_bias = model["block_size"], model["vocab_size"], model["bias"]
-        hidden = model["mlp_ratio"] * self.n_embd
+        is_known = type(self.has_bias) is bool and type(model["mlp_ratio"]) is type(self.n_embd) is int
+        hidden = model["mlp_ratio"] * self.n_embd if is_known else 0
         sizes = (self.n_layer, self.n_head, self.n_embd, self.block_size, self.vocab_size, hidden)
         limits = (1 << 20, 1 << 20, 8192, 4096, 1 << 20, 1 << 15)
         if not all(type(size) is int and 0 < size <= limit for size, limit in zip(sizes, limits, strict=True)):
@@ -211,6 +223,22 @@ class NumpyIntegerGPT:
         self.ln_f = self._norm("transformer.ln_f")
         if self._unread:
             raise UserError(f"unknown tensors: {sorted(self._unread)[:8]!s:.200}")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "NumpyIntegerGPT":
+        """Reads an int8 folder.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds what this file does not compute.
+        """
+        return read_folder(folder, cls._checked)
+
+    @classmethod
+    def _checked(cls, config: dict[str, Any], tensors: Tensors) -> "NumpyIntegerGPT":
+        quantization = config["quantization"]
+        if any(quantization[name] != value for name, value in QUANTIZATION.items()):
+            raise UserError(f"the quantization {str(quantization)[:200]} is none that this runtime computes")
+        return cls(config, tensors)
 
     def _take(self, name: str, dtype: str, shape: tuple[int, ...], low: int, high: int) -> npt.NDArray[Any]:
         if name not in self._unread:

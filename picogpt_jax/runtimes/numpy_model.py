@@ -1,42 +1,26 @@
 """The int8 model in NumPy alone: the format of the int8 folder (version 1) and its numerics, as a program.
 
-This file reads model.safetensors and config.json by itself and shares no code with the rest of the library; every other
-runtime is compared with it. It refuses what it cannot compute, but `int8.int8_model` is the one that checks all.
+It shares no code with the rest of the library, but for `numpy_reading`, which reads the folder; every other runtime is
+compared with it. It refuses what it cannot compute, but `int8.folder` is the one that checks all.
 
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary; N rows (tokens), I input
 features, O output features of a matmul.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.errors import UserError
+from picogpt_jax.runtimes.numpy_reading import read_folder
 
 Array = npt.NDArray[np.float32]
 
-DTYPES = {"I8": "<i1", "F32": "<f4"}
 EXACT_FEATURES = 2**24 // 127**2  # 1040: as many products of two codes sum up exactly in float32
-
-
-def read_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The tensors of a safetensors file: 8 bytes header length, the header as JSON, then the raw little-endian data."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        flat = np.frombuffer(content[start + begin : start + end], DTYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
 
 
 def quantize(x_NI: Array) -> tuple[Array, Array]:
@@ -213,15 +197,7 @@ class NumpyGPT:
         Raises:
             UserError: a file is missing or damaged, or holds what this file does not compute.
         """
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return cls(config, read_safetensors(folder / "model.safetensors"))
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error) if isinstance(error, OSError) else repr(error)[:200]
-            raise UserError(f"{folder} is no int8 folder that can be read: {reason}; write the model again") from None
+        return read_folder(folder, cls)
 
     def _take(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if name not in self._unread:

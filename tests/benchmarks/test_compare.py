@@ -10,7 +10,8 @@ from tiny import VOCABULARY, tiny_config, write_data
 from picogpt_jax.benchmarks import compare
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization, save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization
 
 IDS = np.random.default_rng(0).integers(0, 12, 100).astype(np.uint16)
 TABLE_VV = np.random.default_rng(1).normal(size=(12, 12)).astype(np.float32)

@@ -16,7 +16,8 @@ from test_int8_model import random_model
 from picogpt_jax.config import Granularity
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.gguf_export import gguf_names, save_gguf
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, file_bytes, save_int8_model
+from picogpt_jax.int8.folder import file_bytes, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
 from picogpt_jax.text.vocabulary import Vocabulary
 
 # What llama.cpp's loader of `gpt2` asks for, written down from its source.

@@ -22,7 +22,8 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.formats.huggingface import dequantized, hf_tensors, save_huggingface
 from picogpt_jax.formats.sources import load_float
 from picogpt_jax.int8 import convert
-from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.text.tokenizer import TokenizerVocabulary

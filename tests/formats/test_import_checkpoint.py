@@ -32,7 +32,8 @@ from picogpt_jax.formats.torch_checkpoint import load_float_checkpoint
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.int8 import convert
 from picogpt_jax.int8.convert import float_arrays
-from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model
+from picogpt_jax.int8.folder import load_int8_model, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.kernels import fused_attention
 from picogpt_jax.text.prepare import prepare_text
 from picogpt_jax.text.reading import load_vocabulary

@@ -20,7 +20,7 @@ from picogpt_jax.formats import loading
 from picogpt_jax.formats.gguf_export import save_gguf
 from picogpt_jax.formats.loading import Model, choose_runtime, load
 from picogpt_jax.formats.sources import load_numpy
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.runtimes.torch_model import Int8GPT

@@ -22,7 +22,8 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.formats import onnx_graph
 from picogpt_jax.formats.onnx_export import FAST_IR_VERSION, FAST_OPSET, IR_VERSION, OPSET, onnx_model, save_onnx
 from picogpt_jax.formats.onnx_graph import GraphBuilder
-from picogpt_jax.int8.int8_model import Int8Model, config_to_json, file_bytes, save_int8_model
+from picogpt_jax.int8.folder import file_bytes, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.runtimes.numpy_model import gelu_tanh, quantize
 
 Arrays = dict[str, np.ndarray]

@@ -22,7 +22,7 @@ from picogpt_jax.formats.sources import load_float, load_int8, load_numpy, load_
 from picogpt_jax.formats.torch_checkpoint import save_float_checkpoint
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
 from picogpt_jax.int8.convert import float_arrays
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training.checkpoint import Checkpoints
 from picogpt_jax.training.trainer import Trainer

@@ -14,7 +14,8 @@ from tiny import VOCABULARY, tiny_config
 from picogpt_jax.config import Config, Granularity
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8 import convert
-from picogpt_jax.int8.int8_model import Int8Model, load_int8_model, save_int8_model
+from picogpt_jax.int8.folder import load_int8_model, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION, QuantizedTensor, quantize

@@ -15,16 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError
-from picogpt_jax.int8.int8_model import (
-    Int8Model,
-    Int8Tensor,
-    Quantization,
-    file_bytes,
-    is_int8_folder,
-    load_int8_model,
-    requantize_per_tensor,
-    save_int8_model,
-)
+from picogpt_jax.int8.folder import file_bytes, is_int8_folder, load_int8_model, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization, requantize_per_tensor
 from picogpt_jax.text.vocabulary import Vocabulary
 
 SMALL: dict[str, Any] = {
@@ -165,7 +157,8 @@ def nested(section: str, **changes: Any) -> Callable[[dict], object]:
     ("change", "message"),
     [
         (lambda config: config.update(format="gguf"), "format is 'gguf'; expected 'picogpt-int8'"),
-        (lambda config: config.update(format_version=2), "format_version is 2; this picogpt_jax reads 1"),
+        (lambda config: config.update(format_version=3), "format_version is 3; this picogpt_jax reads 1 and 2: update"),
+        (lambda config: config.update(format_version=2), r"config.json lacks the keys \['arithmetic'\]"),
         (lambda config: config.update(format_version=True), "format_version is True"),
         (lambda config: config.pop("training"), r"lacks the keys \['training'\]"),
         (lambda config: config.update(colour="red"), r"unknown keys \['colour'\]"),

@@ -16,7 +16,8 @@ from tiny import write_data
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.gguf_export import save_gguf
-from picogpt_jax.int8.int8_model import Int8Model, save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.torch_model import Int8GPT
 from picogpt_jax.text.reading import vocabulary_of_data

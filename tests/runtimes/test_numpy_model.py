@@ -17,7 +17,8 @@ from test_int8_model import random_model, rewrite_json, rewrite_tensors
 
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.convert import serving_quant, serving_variables
-from picogpt_jax.int8.int8_model import Int8Model, config_to_json, load_int8_model, save_int8_model
+from picogpt_jax.int8.folder import load_int8_model, save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.numpy_model import EXACT_FEATURES, Int8Matrix, NumpyGPT, erf, gelu, quantize
@@ -209,6 +210,6 @@ def test_it_needs_numpy_alone_and_shares_no_code(tmp_path: Path) -> None:
     )
     assert done.stderr == ""
     assert json.loads(done.stdout) == [
-        [f"picogpt_jax.{name}" for name in ("errors", "runtimes", "runtimes.numpy_model")],
+        [f"picogpt_jax.{name}" for name in ("errors", "runtimes", "runtimes.numpy_model", "runtimes.numpy_reading")],
         [],
     ]

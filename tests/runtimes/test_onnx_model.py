@@ -21,7 +21,7 @@ from test_numpy_model import assert_same_logits, numpy_model, random_tokens
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.onnx_export import onnx_model as export
 from picogpt_jax.formats.onnx_export import save_onnx
-from picogpt_jax.int8.int8_model import save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
 from picogpt_jax.runtimes import loop, onnx_session
 from picogpt_jax.runtimes.jax_generator import Generator
 from picogpt_jax.runtimes.onnx_model import OnnxGPT

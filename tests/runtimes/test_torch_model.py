@@ -23,7 +23,8 @@ from picogpt_jax.devices import cpu
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats.sources import load_int8
 from picogpt_jax.formats.torch_int8_checkpoint import save_int8_checkpoint
-from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, save_int8_model
+from picogpt_jax.int8.folder import save_int8_model
+from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor
 from picogpt_jax.runtimes.torch_model import Int8GPT, KVCache, sample
 
 
