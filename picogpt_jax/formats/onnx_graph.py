@@ -15,10 +15,9 @@ Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head 
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 try:
     import onnx

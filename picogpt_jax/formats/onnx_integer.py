@@ -40,7 +40,6 @@ FURTHEST = 15 * 256  # from the largest score, where a weight is 0
 HIDDEN = np.float32(-(2.0**40))  # of a score
 LARGEST_HIDDEN, FLAT = 32767, 640  # of a GELU: the largest input, and where it is the identity or 0
 TIE = np.float32(1 + 2.0**-14)  # moves halves up and nothing else, of numbers of 13 bits
-CODE_INPUTS = ("key", "value")
 
 
 class IntegerGraph(Nodes):
@@ -188,7 +187,9 @@ class IntegerGraph(Nodes):
         The last 12 bits are rounded apart from the others: one of the two results is a whole number before that.
         """
         low = self.add("Mod", acc, self.constant("low_bits", np.int32(4096)))
-        parts = (self.add("Mul", self.cast(part, TensorProto.FLOAT), factor) for part in (self.add("Sub", acc, low), low))
+        parts = (
+            self.add("Mul", self.cast(part, TensorProto.FLOAT), factor) for part in (self.add("Sub", acc, low), low)
+        )
         return self.add("Add", *map(self.rounded, parts))
 
     def norm(self, x: str, name: str) -> tuple[str, str]:
@@ -251,7 +252,7 @@ class IntegerGraph(Nodes):
         return self.add("Reshape", self.add("GatherElements", table, flat), self.add("Shape", index))
 
     def mask(self) -> str:
-        """What is added to the scores, [B, 1, T, S]: a half, which rounds them, where a query sees a key; else `HIDDEN`.
+        """What is added to the scores, [B, 1, T, S]: a half, to round them, where a query sees a key; else `HIDDEN`.
 
         Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
         """
@@ -282,7 +283,9 @@ class IntegerGraph(Nodes):
         for value, label in ((codes, "codes"), (self.times(power, 2.0**-HEAD_BITS), "scale")):
             parts = [f"{kind}_{label}_{layer}" for kind in "qkv"]
             turned = self.add("Transpose", value, perm=[0, 2, 1, 3])
-            self.nodes.append(helper.make_node("Split", [turned], parts, name=f"Split_{label}_{layer}", axis=1, num_outputs=3))
+            self.nodes.append(
+                helper.make_node("Split", [turned], parts, name=f"Split_{label}_{layer}", axis=1, num_outputs=3)
+            )
             values.append(parts)
         return values[0], values[1]
 
