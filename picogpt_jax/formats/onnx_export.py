@@ -1,7 +1,7 @@
 """The int8 model as a folder for ONNX Runtime (extra: onnx), with the inputs and outputs that Optimum gives a GPT-2.
 
-It holds model.onnx, the graph of `onnx_graph` or of `onnx_integer` with our config.json and vocab.json in its metadata, and the JSON files
-of `hf_documents`.
+It holds model.onnx, the graph of `onnx_graph` or of `onnx_integer` with our config.json and vocab.json in its metadata,
+and the JSON files of `hf_documents`.
 """
 
 import json

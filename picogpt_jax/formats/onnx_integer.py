@@ -247,7 +247,7 @@ class IntegerGraph(Nodes):
         return self.quantize(g, power), self.times(power, 2.0**-RESIDUAL_BITS)
 
     def looked_up(self, index: str, table: str) -> str:
-        """The entries of a table; GatherElements, as ONNX Runtime's Gather takes ten times as long for single numbers."""
+        """The entries of a table. ONNX Runtime's Gather takes ten times as long for single numbers."""
         flat = self.add("Reshape", self.cast(index, TensorProto.INT32), self.integers(-1))
         return self.add("Reshape", self.add("GatherElements", table, flat), self.add("Shape", index))
 
