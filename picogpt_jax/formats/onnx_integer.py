@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
 from picogpt_jax.formats.hf_documents import padding
-from picogpt_jax.formats.onnx_nodes import TO_THE_END, Nodes
+from picogpt_jax.formats.onnx_nodes import TO_THE_END, IntegerNodes
 from picogpt_jax.int8.integer_model import HEAD_BITS, HIDDEN_BITS, NORM_BITS, RESIDUAL_BITS, IntegerModel
 
 LIMIT = 1 << 22  # of a fixed-point value
@@ -42,7 +42,7 @@ LARGEST_HIDDEN, FLAT = 32767, 640  # of a GELU: the largest input, and where it 
 TIE = np.float32(1 + 2.0**-14)  # moves halves up and nothing else, of numbers of 13 bits
 
 
-class IntegerGraph(Nodes):
+class IntegerGraph(IntegerNodes):
     """The graph, function by function of the specification."""
 
     def __init__(self, model: IntegerModel) -> None:
@@ -91,48 +91,9 @@ class IntegerGraph(Nodes):
                     outputs.append(info(f"present.{layer}.{part}", dtype, [*past[:2], total, size]))
         return inputs, outputs
 
-    def number(self, value: float) -> str:
-        """A float32 initializer []."""
-        return self.constant(f"number_{value!r}", np.float32(value))
-
-    def times(self, x: str, factor: float, output: str | None = None) -> str:
-        """`x` times a constant."""
-        return self.add("Mul", x, self.number(factor), output=output)
-
-    def rounded(self, x: str) -> str:
-        """To the nearest integer, halves up."""
-        return self.add("Floor", self.add("Add", x, self.number(0.5)))
-
-    def saturated(self, x: str, limit: int) -> str:
-        """Within +-limit."""
-        return self.add("Clip", x, self.number(-limit), self.number(limit))
-
-    def below(self, a: str, factor: float = 1.0) -> str:
-        """The largest power of two that is at most `a`, times `factor` (a power of two as well); 0 for 0."""
-        q = self.times(a, factor * (2**23 + 1))
-        return self.add("Sub", q, self.times(q, 1 - 2.0**-24))
-
-    def largest(self, low: str, high: str) -> str:
-        """The largest magnitude of what lies from `low` to `high`."""
-        return self.add("Max", high, self.add("Neg", low))
-
-    def ends(self, x: str) -> tuple[str, str]:
-        """The smallest and the largest of each vector, [..., 1]."""
-        return tuple(self.add(f"Reduce{end}", x, self.integers(-1)) for end in ("Min", "Max"))  # type: ignore[return-value]
-
-    def fit(self, a: str, smallest: str) -> str:
-        """2^fit(a), a up to 2^23; at least `smallest`."""
-        # 127.5 * 2^t > a is 2^(t + 7) > a * 256 / 255: twice the power of two below that.
-        q = self.times(a, float(np.float32(256 / 255)) * (2**23 + 1) / 64)
-        return self.add("Max", self.add("Sub", q, self.times(q, 1 - 2.0**-24)), smallest)
-
     def quantize(self, u: str, scale: str) -> str:
         """The codes shift(u, t), as unsigned bytes with the zero point 128; `scale` is 2^t."""
         return self.byte(self.rounded(self.add("Div", u, scale)))
-
-    def byte(self, codes: str) -> str:
-        """Codes as unsigned bytes, which ONNX Runtime multiplies fast."""
-        return self.add("QuantizeLinear", codes, self.number(1.0), self.constant("zero_point", np.uint8(128)))
 
     def lookup(self, name: str, ids: str) -> str:
         """The rows `ids` of an embedding, with the fraction bits of the residual stream."""
@@ -207,7 +168,10 @@ class IntegerGraph(Nodes):
         absolute = self.add("Add", self.add("Abs", total), self.number(width >> 1))
         mean = self.add("Floor", self.add("Div", absolute, self.number(width)))
         mean = self.add("Mul", self.add("Sign", total), mean)
-        d, low, high = (self.add("Sub", value, mean) for value in (x, low, high))
+        low, high = (self.add("Sub", value, mean) for value in (low, high))
+        is_plain = bias is None and (m == 4096).all()
+        # Where d * R is rounded next: times R, 2^7 to 2^9, the 2^-11 more round halves up and change nothing else.
+        d = self.add("Sub", x, self.add("Sub", mean, self.number(2.0**-11)) if is_plain else mean)
         small = self.rounded(self.times(d, 2.0**-v))
         squares = self.add("ReduceSum", self.add("Mul", small, small), self.integers(-1))
         squares = self.add("Max", squares, self.number(1))
@@ -225,8 +189,8 @@ class IntegerGraph(Nodes):
         if bias is None:
             factor, low, high = r, self.add("Mul", low, r), self.add("Mul", high, r)
             u, power = d, self.fit(self.largest(low, high), self.number(1))
-            codes = self.byte(self.rounded(self.add("Mul", u, self.add("Div", factor, power))))
-            return codes, self.add("Mul", power, e)
+            u = self.add("Mul", u, self.add("Div", factor, power))
+            return self.byte(u if is_plain else self.rounded(u)), self.add("Mul", power, e)
         u = self.rounded(self.add("Mul", d, self.add("Mul", r, self.times(e, 2.0**NORM_BITS))))
         u = self.add("Add", self.saturated(u, LIMIT), self.constant(f"{name}.bias", bias.astype(np.float32)))
         power = self.fit(self.largest(*self.ends(u)), self.number(1))
@@ -242,14 +206,15 @@ class IntegerGraph(Nodes):
             u = self.add("Clip", u, self.number(-FLAT), self.number(LARGEST_HIDDEN))
             index = self.add("Add", u, self.number(FLAT))
             g = self.looked_up(index, self.constant("gelu", gelu_table()))
-            a = self.largest(*self.ends(g))
+            a = self.rounded(self.largest(*self.ends(g)))
         power = self.fit(a, self.number(1))
-        return self.quantize(g, power), self.times(power, 2.0**-RESIDUAL_BITS)
-
-    def looked_up(self, index: str, table: str) -> str:
-        """The entries of a table. ONNX Runtime's Gather takes ten times as long for single numbers."""
-        flat = self.add("Reshape", self.cast(index, TensorProto.INT32), self.integers(-1))
-        return self.add("Reshape", self.add("GatherElements", table, flat), self.add("Shape", index))
+        scale = self.times(power, 2.0**-RESIDUAL_BITS)
+        if self.config.activation == "relu":
+            return self.quantize(g, power), scale
+        zero = self.add("Mul", power, self.number(0.0))
+        zero_points = self.cast(self.add("Add", zero, self.number(128)), TensorProto.UINT8)
+        codes = self.add("QuantizeLinear", g, power, zero_points, axis=-1, block_size=self.config.n_hidden)
+        return codes, scale
 
     def mask(self) -> str:
         """What is added to the scores, [B, 1, T, S]: a half, to round them, where a query sees a key; else `HIDDEN`.
@@ -356,8 +321,8 @@ def power_table() -> npt.NDArray[np.float32]:
 
 
 def gelu_table() -> npt.NDArray[np.float32]:
-    """GELU from 8 fraction bits to 10, of -640 to 32767."""
+    """GELU from 8 fraction bits to 10, of -640 to 32767, and a quarter: it rounds halves of a quotient up."""
     h = np.arange(-FLAT, LARGEST_HIDDEN + 1)
     t = FLAT - np.minimum(np.abs(h), FLAT)
     near_one = 256 - ((((t * t + 128) >> 8) * 591 + 2048) >> 12)
-    return ((h * (256 + np.sign(h) * near_one) + 64) >> 7).astype(np.float32)
+    return ((h * (256 + np.sign(h) * near_one) + 64) >> 7).astype(np.float32) + np.float32(0.25)
