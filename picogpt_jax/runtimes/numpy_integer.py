@@ -41,7 +41,7 @@ def bits(a: Ints) -> Ints:
 
 def shift(x: Ints, s: Ints | int) -> Ints:
     """round(x / 2^s), halves up; to the left it saturates."""
-    s = np.minimum(np.maximum(np.asarray(s, np.int32), -22), 30)  # 31 gives the same, but 2^31 is no int32
+    s = np.clip(np.asarray(s, np.int32), -22, 30)  # 31 gives the same, but 2^31 is no int32
     right = np.maximum(s, 0)
     y = (x + ((np.int32(1) << right) >> 1)) >> right
     if (s < 0).any():
