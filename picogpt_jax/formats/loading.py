@@ -210,6 +210,10 @@ def _load_jax(
 
     if kind in INT8:
         model = sources.load_int8(path)
+        if isinstance(model, IntegerModel):
+            if tensor > 1:
+                raise UserError("--tensor splits models of mixed arithmetic, not of integers; leave it out")
+            return _int8(JaxGPT.from_integer(model), model)  # type: ignore[attr-defined]
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), 1) if tensor > 1 else None
         return _int8(JaxGPT.from_int8(model, mesh), model)
     if tensor > 1:

@@ -1,11 +1,13 @@
 """The int8 model as a folder for ONNX Runtime (extra: onnx), with the inputs and outputs that Optimum gives a GPT-2.
 
-It holds model.onnx, the graph of `onnx_graph` with our config.json and vocab.json in its metadata, and the JSON files
-of `hf_documents`.
+It holds model.onnx, the graph of `onnx_graph` or of `onnx_integer` with our config.json and vocab.json in its metadata,
+and the JSON files of `hf_documents`.
 """
 
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 try:
     import onnx
@@ -17,11 +19,14 @@ from picogpt_jax import __version__
 from picogpt_jax.files import atomic_folder, check_replaceable, write_json
 from picogpt_jax.formats.hf_documents import hf_documents
 from picogpt_jax.formats.onnx_graph import GraphBuilder, Weights
+from picogpt_jax.formats.onnx_integer import IntegerGraph
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json
+from picogpt_jax.int8.integer_model import IntegerModel, integer_config_to_json
 from picogpt_jax.runtimes.onnx_model import METADATA_KEY, MODEL_FILE
 
 OPSET, IR_VERSION = 20, 9  # of ONNX 1.15, the first with Gelu
 FAST_OPSET, FAST_IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
+INTEGER_OPSET, INTEGER_IR_VERSION = 21, 10  # of ONNX 1.16, the first that quantizes in blocks
 
 
 def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
@@ -33,9 +38,22 @@ def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = Tr
     Raises:
         UserError: `folder` cannot be written or holds other files.
     """
+    _save(folder, model, lambda: onnx_model(model, exact=exact))
+
+
+def export_integer_onnx(model: IntegerModel, folder: str | os.PathLike[str]) -> None:
+    """Writes the folder of the integer model in one step; an earlier one is replaced as a whole.
+
+    Raises:
+        UserError: `folder` cannot be written or holds other files.
+    """
+    _save(folder, model, lambda: integer_onnx_model(model))
+
+
+def _save(folder: str | os.PathLike[str], model: Int8Model | IntegerModel, make: Callable[[], onnx.ModelProto]) -> None:
     documents = hf_documents(model.model, model.vocabulary)
     check_replaceable(folder, {MODEL_FILE, *documents})
-    content = onnx_model(model, exact=exact).SerializeToString()
+    content = make().SerializeToString()
     with atomic_folder(folder) as temporary:
         (temporary / MODEL_FILE).write_bytes(content)
         for name, document in documents.items():
@@ -51,6 +69,17 @@ def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) 
     """
     graph = GraphBuilder(model, weights, exact).build()
     opset, ir_version = (OPSET, IR_VERSION) if exact else (FAST_OPSET, FAST_IR_VERSION)
+    metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
+    return _checked(graph, opset, ir_version, metadata)
+
+
+def integer_onnx_model(model: IntegerModel) -> onnx.ModelProto:
+    """The checked graph of the integer model."""
+    metadata = {"config": integer_config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": "int8"}
+    return _checked(IntegerGraph(model).build(), INTEGER_OPSET, INTEGER_IR_VERSION, metadata)
+
+
+def _checked(graph: onnx.GraphProto, opset: int, ir_version: int, metadata: dict[str, Any]) -> onnx.ModelProto:
     proto = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", opset)],
@@ -58,7 +87,6 @@ def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) 
         producer_name="picogpt_jax",
         producer_version=__version__,
     )
-    metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
     helper.set_model_props(proto, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
     onnx.checker.check_model(proto, full_check=True)
     return proto

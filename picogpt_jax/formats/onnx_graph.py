@@ -15,40 +15,38 @@ Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head 
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 try:
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 except ImportError as error:
     raise ImportError("this needs onnx; install it with: pip install 'picogpt_jax[onnx]'") from error
 
 from picogpt_jax.formats.hf_documents import padding
+from picogpt_jax.formats.onnx_nodes import TO_THE_END, Nodes
 from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
 
 ZERO_POINT = np.uint8(128)
 SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
 NARROW = 512  # outputs of a product
 WHOLE = slice(None)
-TO_THE_END = np.iinfo(np.int64).max
 SMALLEST_LOG = np.float64(-700)  # exp of it is about 1e-304, a normal number that adds nothing to a sum of weights
 HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
 
 Weights = Literal["int8", "float"]
 
 
-class GraphBuilder:
-    """Adds nodes in the order of computation; every method takes and returns names of values."""
+class GraphBuilder(Nodes):
+    """The graph, block by block."""
 
     def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
         self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
-        self.nodes: list[onnx.NodeProto] = []
+        super().__init__()
         self.computed_one = ""  # computed where it is first needed, as the zero points are
         self.zero_points = ""  # of the tokens that are still computed
-        self.initializers: dict[str, onnx.TensorProto] = {}
 
     def build(self) -> onnx.GraphProto:
         """The whole model."""
@@ -83,23 +81,6 @@ class GraphBuilder:
                 inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
                 outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
         return inputs, outputs
-
-    def constant(self, name: str, value: npt.ArrayLike) -> str:
-        """An initializer, stored once under its name."""
-        if name not in self.initializers:
-            array = np.asarray(value)
-            self.initializers[name] = numpy_helper.from_array(array.copy(order="C"), name)
-        return name
-
-    def integers(self, *values: int) -> str:
-        """An int64 initializer [n]."""
-        return self.constant("integers_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """A node with one output; returns its name."""
-        name = output or f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
 
     def lookup(self, table: Literal["wte", "wpe"], ids: str) -> str:
         """The rows `ids` of an embedding, float32."""
@@ -214,14 +195,6 @@ class GraphBuilder:
         y = self.add("Mul", self.add("Div", centred, self.add("Sqrt", raised)), weight)
         return self.cast(self.add("Add", y, *bias) if bias else y, TensorProto.FLOAT)
 
-    def cast(self, x: str, dtype: int) -> str:
-        """`x` in another type."""
-        return self.add("Cast", x, to=dtype)
-
-    def filled(self, shape: str, value: npt.NDArray[Any]) -> str:
-        """A tensor of this shape, all `value` [1]."""
-        return self.add("ConstantOfShape", shape, value=numpy_helper.from_array(value))
-
     def mask(self) -> str:
         """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
 
@@ -325,9 +298,3 @@ class GraphBuilder:
         weights = self.add("Exp", self.add("Max", below_BHTS, self.constant("smallest_log", SMALLEST_LOG)))
         y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
         return self.cast(y_BHTD, TensorProto.FLOAT)
-
-    def kept(self, value: str, axis: int, first_kept: str | None) -> str:
-        """`value` from the index `first_kept` on; all of it without one."""
-        if first_kept is None:
-            return value
-        return self.add("Slice", value, first_kept, self.integers(TO_THE_END), self.integers(axis))

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError, command, errors_in
-from picogpt_jax.int8.int8_model import Quantization, config_from_json
+from picogpt_jax.int8.int8_model import FORMAT_VERSION, Quantization, check_version, config_from_json
+from picogpt_jax.int8.integer_model import INTEGER_VERSION, integer_config_from_json
 from picogpt_jax.runtimes.onnx_session import Session
 from picogpt_jax.text.reading import vocabulary_from_json
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -27,9 +28,12 @@ MASKS = np.array([[1], [2]])  # what the graph sees; 2 asks for the logits of th
 
 
 class KVCache:
-    """Keys and values of the first `length` positions, float32 [B, H, length, D] each: what the graph returned."""
+    """Keys and values of the first `length` positions, [B, H, length, D] each: what the graph returned.
 
-    def __init__(self, values: list[npt.NDArray[np.float32]]) -> None:
+    Of a mixed model they are float32; of an integer model codes, int8, with their scales, float32 [B, H, length, 1].
+    """
+
+    def __init__(self, values: list[npt.NDArray[Any]]) -> None:
         self.values, self.length = values, 0
 
 
@@ -52,16 +56,17 @@ class OnnxGPT:
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
         self._session = Session(model, threads)
-        self.config, self.quantization, self.training, self.vocabulary = self._metadata()
+        self.config, self.quantization, self.training, self.vocabulary, self._is_integer = self._metadata()
         self.block_size, self.vocab_size = self.config.block_size, self.config.vocab_size
         layers = range(self.config.n_layer)
-        parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        kinds = ("key", "key_scale", "value", "value_scale") if self._is_integer else ("key", "value")
+        parts = [f"{layer}.{kind}" for layer in layers for kind in kinds]
         self._past = [f"past_key_values.{part}" for part in parts]
         self._outputs = ["logits", *(f"present.{part}" for part in parts)]
         self._check_signature()
         # Inputs are taken from these: after a step, whose weights fill the cache, a new array takes 10 to 20 us.
         self._positions, self._masks = np.arange(self.block_size, dtype=np.int64)[None], MASKS
-        self._no_positions = np.zeros(0, np.float32)
+        self._no_positions = [np.zeros(0, "f4" if self._is_float(part) else "i1") for part in self._past]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> "OnnxGPT":
@@ -82,24 +87,33 @@ class OnnxGPT:
         """Windows that take as long as one; large ones have all cores to themselves."""
         return 1 if self._session.is_large(self.block_size) else self._session.side_by_side
 
-    def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary]:
+    def _is_float(self, part: str) -> bool:
+        return not self._is_integer or part.endswith("_scale")
+
+    def _metadata(self) -> tuple[ModelConfig, Quantization, dict[str, Any], Vocabulary, bool]:
         try:
             metadata = json.loads(self._session.onnx.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "null"))
         except (ValueError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict) or not {"config", "vocabulary"} <= set(metadata):
             raise UserError(f"has no metadata {METADATA_KEY!r} that can be read: it is no export of picogpt_jax")
-        model, quantization, training = config_from_json(metadata["config"])
+        is_integer = check_version(metadata["config"], FORMAT_VERSION, INTEGER_VERSION) == INTEGER_VERSION
+        if is_integer:
+            model, granularity, training = integer_config_from_json(metadata["config"])
+            quantization = Quantization(weight_granularity=granularity, activation_bits=8)
+        else:
+            model, quantization, training = config_from_json(metadata["config"])
         vocabulary = vocabulary_from_json(metadata["vocabulary"], "its vocabulary")
         if vocabulary.size != model.vocab_size:
             found = f"its vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
             raise UserError(f"{found}; export it again")
-        return model, quantization, training, vocabulary
+        return model, quantization, training, vocabulary, is_integer
 
     def _check_signature(self) -> None:
         found = {value.name: value.type for value in self._session.onnx.get_inputs()}
         integers = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), "tensor(int64)")
-        expected = integers | dict.fromkeys(self._past, "tensor(float)")
+        types = {True: "tensor(float)", False: "tensor(int8)"}
+        expected = integers | {part: types[self._is_float(part)] for part in self._past}
         outputs = [value.name for value in self._session.onnx.get_outputs()]
         if found != expected or outputs != self._outputs:
             names = f"its inputs are {sorted(found)!s:.120} and its outputs {outputs!s:.120}"
@@ -107,8 +121,10 @@ class OnnxGPT:
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache of no positions."""
-        empty = self._no_positions.reshape(batch, self.config.n_head, 0, self.config.head_size)
-        return KVCache([empty] * len(self._past))
+        heads, size = self.config.n_head, self.config.head_size
+        sizes = (1 if part.endswith("_scale") else size for part in self._past)
+        empty = zip(self._no_positions, sizes, strict=True)
+        return KVCache([array.reshape(batch, heads, 0, size) for array, size in empty])
 
     def forward(
         self, tokens_BT: npt.NDArray[np.int64], cache: KVCache | None = None, last_only: bool = False

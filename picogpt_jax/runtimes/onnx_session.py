@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 try:
@@ -28,7 +27,7 @@ PER_CORE, ALONE = 0, 1  # threads; ONNX Runtime's 0 is one per core
 SMALL_MODEL = 16 << 20  # bytes of a model that may be opened twice
 
 Feeds = dict[str, npt.NDArray[Any]]
-Results = list[npt.NDArray[np.float32]]
+Results = list[npt.NDArray[Any]]
 
 
 class Session:
