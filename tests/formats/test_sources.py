@@ -289,9 +289,3 @@ def test_what_knows_no_integer_functions_takes_the_same_codes(tmp_path: Path) ->
     difference = loading.load(tmp_path / "int8.pt", "torch").logits([1, 2, 3])
     difference -= loading.load(tmp_path / "int8", "numpy").logits([1, 2, 3])
     assert 0 < np.abs(difference).max() < 0.25, "functions between the products are float ones"
-
-
-def test_integers_are_not_split_among_devices(tmp_path: Path) -> None:
-    save_int8_model(random_integer_model(), tmp_path / "int8")
-    with pytest.raises(UserError, match="--tensor splits models of mixed arithmetic, not of integers; leave it out"):
-        loading.load(tmp_path / "int8", "jax", tensor=2)

@@ -27,7 +27,7 @@ def test_attention_to_a_cache_rounds_like_that_to_the_whole_window(queries: int)
     def cached(exact: bool) -> np.ndarray:
         filled = (jnp.where(jnp.arange(96)[:, None] < past, part, jnp.nan_to_num(jnp.inf)) for part in (k, v))
         new = (part[:, :, past:] for part in (q, k, v))
-        return jax.jit(lambda *new: attend(*new, (*filled, jnp.int32(past)), exact))(*new)
+        return jax.jit(lambda *new: attend(*new, (tuple(filled), jnp.int32(past)), exact))(*new)
 
     assert (np.asarray(cached(True)) == whole).mean() > 0.999
     np.testing.assert_allclose(cached(True), whole, rtol=2e-7, atol=1e-12)
