@@ -137,7 +137,7 @@ def export_onnx(model: Int8Model | IntegerModel, exact: bool = True) -> Path:
     if isinstance(model, IntegerModel):
         if not exact:
             raise UserError("integers are exact: there is no other way")
-        from picogpt_jax.formats.onnx_integer import export_integer_onnx
+        from picogpt_jax.formats.onnx_export import export_integer_onnx
 
         export_integer_onnx(model, folder)
         return folder

@@ -160,7 +160,7 @@ def to_onnx() -> None:
     if isinstance(model, IntegerModel):
         if not EXACT.value:
             raise UserError(f"{INPUT.value} computes in integers, which are exact: leave --noexact out")
-        from picogpt_jax.formats.onnx_integer import export_integer_onnx
+        from picogpt_jax.formats.onnx_export import export_integer_onnx
 
         export_integer_onnx(model, OUTPUT.value)
     else:

@@ -210,10 +210,6 @@ def _load_jax(
 
     if kind in INT8:
         model = sources.load_int8(path)
-        if isinstance(model, IntegerModel):
-            if tensor > 1:
-                raise UserError("--tensor splits models of mixed arithmetic, not of integers; leave it out")
-            return _int8(JaxGPT.from_integer(model), model)  # type: ignore[attr-defined]
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), 1) if tensor > 1 else None
         return _int8(JaxGPT.from_int8(model, mesh), model)
     if tensor > 1:
@@ -249,7 +245,7 @@ def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:
 
 def _load_onnx(path: str | os.PathLike[str]) -> _Loaded:
     runtime, file = sources.load_onnx(path), Path(path) / sources.ONNX_FILE
-    return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, file.stat().st_size)
+    return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, file.stat().st_size, runtime.digest)
 
 
 def _load_llama_cpp(path: str | os.PathLike[str]) -> _Loaded:

@@ -76,6 +76,7 @@ def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) 
 def integer_onnx_model(model: IntegerModel) -> onnx.ModelProto:
     """The checked graph of the integer model."""
     metadata = {"config": integer_config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": "int8"}
+    metadata["digest"] = model.digest.hex()
     return _checked(IntegerGraph(model).build(), INTEGER_OPSET, INTEGER_IR_VERSION, metadata)
 
 

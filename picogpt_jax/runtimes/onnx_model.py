@@ -58,6 +58,7 @@ class OnnxGPT:
         self._session = Session(model, threads)
         self.config, self.quantization, self.training, self.vocabulary, self._is_integer = self._metadata()
         self.block_size, self.vocab_size = self.config.block_size, self.config.vocab_size
+        self.digest = self._digest()
         layers = range(self.config.n_layer)
         kinds = ("key", "key_scale", "value", "value_scale") if self._is_integer else ("key", "value")
         parts = [f"{layer}.{kind}" for layer in layers for kind in kinds]
@@ -108,6 +109,16 @@ class OnnxGPT:
             found = f"its vocabulary has {vocabulary.size} entries, but model.vocab_size={model.vocab_size}"
             raise UserError(f"{found}; export it again")
         return model, quantization, training, vocabulary, is_integer
+
+    def _digest(self) -> bytes | None:
+        """`IntegerModel.digest` of the model that was exported; None of one of mixed arithmetic."""
+        if not self._is_integer:
+            return None
+        digest = json.loads(self._session.onnx.get_modelmeta().custom_metadata_map[METADATA_KEY]).get("digest")
+        try:
+            return bytes.fromhex(digest)
+        except (TypeError, ValueError):
+            raise UserError(f"its digest is {digest!r:.40}; export it again") from None
 
     def _check_signature(self) -> None:
         found = {value.name: value.type for value in self._session.onnx.get_inputs()}

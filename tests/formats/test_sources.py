@@ -289,3 +289,11 @@ def test_what_knows_no_integer_functions_takes_the_same_codes(tmp_path: Path) ->
     difference = loading.load(tmp_path / "int8.pt", "torch").logits([1, 2, 3])
     difference -= loading.load(tmp_path / "int8", "numpy").logits([1, 2, 3])
     assert 0 < np.abs(difference).max() < 0.25, "functions between the products are float ones"
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_integers_in_jax_have_the_bits_of_numpy(tmp_path: Path, tensor: int) -> None:
+    save_int8_model(random_integer_model(), tmp_path / "int8")
+    ids = np.arange(8)
+    expected = loading.load(tmp_path / "int8", "numpy").logits(ids)
+    np.testing.assert_array_equal(loading.load(tmp_path / "int8", "jax", tensor=tensor).logits(ids), expected)
