@@ -5,6 +5,7 @@ The model must be of integer arithmetic: then every runtime decompresses what an
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -18,7 +19,9 @@ MODEL = cli.DEFINE_path("model", None, "An int8 folder of integer arithmetic, or
 INPUT = cli.DEFINE_path("input", None, "The file to compress, or with --decompress the compressed file.")
 OUTPUT = cli.DEFINE_path("output", None, "The file to write.")
 DECOMPRESS = flags.DEFINE_bool("decompress", False, "Bring the content back.")
-RUNTIME = flags.DEFINE_enum("runtime", "auto", ["auto", "torch", "onnx", "numpy"], "What computes; any reads the file.")
+RUNTIME = flags.DEFINE_enum(
+    "runtime", "auto", ["auto", "jax", "torch", "onnx", "numpy"], "What computes; any reads the file."
+)
 BLOCK_SIZE = flags.DEFINE_integer(
     "block_size",
     compression.BLOCK_SIZE,
@@ -34,10 +37,11 @@ def main() -> None:
     content = read(INPUT.value)
     runtime = "numpy" if RUNTIME.value == "auto" and Path(MODEL.value, "model.safetensors").is_file() else RUNTIME.value
     model = loading.load(MODEL.value, runtime)
-    if model.digest is None or not isinstance(model.engine, Loop):
+    if model.digest is None:
         make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
         raise UserError(f"{MODEL.value} is no model of integer arithmetic; make one with: {make}")
-    settings = (model.engine.runtime, model.vocabulary, model.digest)
+    computing: Any = model.engine.runtime if isinstance(model.engine, Loop) else model.engine
+    settings = (computing, model.vocabulary, model.digest)
     with errors_in(INPUT.value):
         if DECOMPRESS.value:
             result = compression.decompress(content, *settings)

@@ -75,7 +75,7 @@ def decompress(data: bytes, runtime: Runtime, vocabulary: Vocabulary, digest: by
     """
     length, count, block_size, checksum, words = _opened(data, digest)
     items: list[Item] = []
-    with tqdm(total=count, unit=" items", desc="decompressing") as bar:
+    with tqdm(total=count, unit=" items", desc="decompressing", disable=None) as bar:
         for first in range(0, len(words), SIDE_BY_SIDE):
             group = [Decoder(*coded) for coded in words[first : first + SIDE_BY_SIDE]]
             ends = [min(count - (first + index) * block_size, block_size) for index in range(len(group))]
@@ -199,7 +199,7 @@ def _parts(runtime: Runtime, blocks: list[list[Item]]) -> Iterator[list[Part]]:
     """What to code of each block; whole windows at once, whose logits are the same bits as step by step."""
     window, vocab_size = runtime.block_size, runtime.vocab_size
     at_once = max(1, min(32, LOGITS_AT_ONCE // (window * vocab_size)))
-    with tqdm(total=sum(map(len, blocks)), unit=" items", desc="compressing") as bar:
+    with tqdm(total=sum(map(len, blocks)), unit=" items", desc="compressing", disable=None) as bar:
         for block in blocks:
             given = np.array([STAND_IN, *(item if isinstance(item, int) else STAND_IN for item in block)])
             parts: list[Part] = []

@@ -11,8 +11,12 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import compression
 from picogpt_jax.formats.compression import compress, decompress, encode, frequencies
-from picogpt_jax.int8.integer_model import integer_model
+from picogpt_jax.formats.onnx_export import integer_onnx_model
+from picogpt_jax.int8.integer_model import IntegerModel, integer_model
+from picogpt_jax.runtimes.jax_model import JaxGPT
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
+from picogpt_jax.runtimes.onnx_model import OnnxGPT
+from picogpt_jax.runtimes.torch_integer import TorchIntegerGPT
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
 
 LETTERS = Vocabulary(tuple(sorted("\n abcdeé")))
@@ -31,12 +35,15 @@ CONFIG = ModelConfig(
 DIGEST = bytes(range(16))
 
 
-def random_runtime() -> NumpyIntegerGPT:
+def random_model() -> IntegerModel:
     generator = np.random.default_rng(0)
     arrays = {f"{name}.weight": generator.normal(0, 0.4, shape) for name, shape in CONFIG.matrix_shapes().items()}
     arrays |= {name: np.ones(shape) for name, shape in CONFIG.vector_shapes().items()}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    model = integer_model(CONFIG, "per_channel", arrays, LETTERS, {})
+    return integer_model(CONFIG, "per_channel", arrays, LETTERS, {})
+
+
+def in_numpy(model: IntegerModel) -> NumpyIntegerGPT:
     config = {
         **{"format": "picogpt-int8", "format_version": 2, "arithmetic": "integer"},
         "model": dataclasses.asdict(CONFIG),
@@ -45,7 +52,8 @@ def random_runtime() -> NumpyIntegerGPT:
     return NumpyIntegerGPT(config, model.tensors)
 
 
-RUNTIME = random_runtime()
+MODEL = random_model()
+RUNTIME = in_numpy(MODEL)
 CONTENTS = {
     "empty": b"",
     "one byte": b"a",
@@ -146,3 +154,16 @@ def test_what_is_refused(data: bytes, digest: Any, message: str) -> None:
         decompress(data, RUNTIME, LETTERS, digest)
     with pytest.raises(UserError, match="block_size=0 is not in 1 to 1048576"):
         compress(b"a", RUNTIME, LETTERS, DIGEST, 0)
+
+
+@pytest.mark.parametrize("runtime", ["jax", "onnx", "torch"])
+def test_every_runtime_writes_the_same_bytes_and_reads_them(runtime: str) -> None:
+    computing: Any = {
+        "jax": JaxGPT.from_int8,
+        "onnx": lambda model: OnnxGPT(integer_onnx_model(model).SerializeToString()),
+        "torch": TorchIntegerGPT,
+    }[runtime](MODEL)
+    content = b"abc\nde bad deed, a cab" * 4
+    data = compress(content, RUNTIME, LETTERS, DIGEST, block_size=30)
+    assert compress(content, computing, LETTERS, DIGEST, block_size=30) == data
+    assert decompress(data, computing, LETTERS, DIGEST) == content
