@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from picogpt_jax.errors import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+Arithmetic = Literal["integer", "mixed"]
 Bits = Literal[8, None]  # None: float
 Granularity = Literal["per_channel", "per_tensor"]
 AttentionForm = Literal["auto", "plain", "cudnn", "splash"]
@@ -144,7 +145,7 @@ class QuantConfig(_Section):
     activation_bits: Bits
     backward_bits: Bits
     start_step: Step
-    arithmetic: Literal["integer", "mixed"] = "mixed"  # runs that were made before there was this key
+    arithmetic: Arithmetic = "mixed"  # runs that were made before there was this key
 
     def __post_init__(self) -> None:
         super().__post_init__()

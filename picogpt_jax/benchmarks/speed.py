@@ -4,11 +4,12 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +17,13 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from picogpt_jax.benchmarks.report import Comparison, Figures, Timing, Work, make_report, take_turns, throughput
-from picogpt_jax.config import Config, ModelConfig
+from picogpt_jax.config import Arithmetic, Config, ModelConfig
 from picogpt_jax.devices.chips import model_flops_utilization
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.errors import UserError
+from picogpt_jax.formats.huggingface import dequantized
 from picogpt_jax.int8.int8_model import Int8Model, Int8Tensor, Quantization
+from picogpt_jax.int8.integer_model import IntegerModel, integer_model
 from picogpt_jax.kernels.int8_product import int8_dot_general
 from picogpt_jax.kernels.products import Dimensions
 from picogpt_jax.runtimes.engine import Overflow
@@ -35,14 +38,23 @@ MATMULS = 20  # of one turn
 TEMPERATURE = 0.8
 STREAMS = 32
 
+ARITHMETICS: tuple[Arithmetic, ...] = ("integer", "mixed")
+
 TRAIN_COMPARISONS = (
-    Comparison("PyTorch QAT", "JAX QAT", ">= 3.0", ">= 4.0"),
-    Comparison("PyTorch float", "JAX QAT", ">= 2.3", ">= 3.0"),
-    Comparison("JAX QAT", "JAX float", "<= 1.10"),
+    Comparison("JAX integer QAT", "JAX mixed QAT", "<= 1.3", "<= 1.1"),
+    Comparison("PyTorch QAT", "JAX integer QAT", ">= 2.5"),
+    Comparison("PyTorch QAT", "JAX mixed QAT", ">= 3.0", ">= 4.0"),
+    Comparison("PyTorch float", "JAX mixed QAT", ">= 2.3", ">= 3.0"),
+    Comparison("JAX mixed QAT", "JAX float", "<= 1.10"),
 )
+REFILL, SLIDE = "refill, 1 stream", "slide, 1 stream"
 DECODE_COMPARISONS = (  # so small a model can be faster with one thread than with all
-    Comparison("PyTorch slide, 1 stream", "JAX slide, 1 stream", ">= 2.0"),
-    Comparison("PyTorch slide, 1 thread", "JAX slide, 1 stream", ">= 2.0"),
+    *(
+        Comparison(f"JAX mixed {name}", f"JAX integer {name}", ">= 1.0")
+        for name in (REFILL, f"refill, {STREAMS} streams", SLIDE)
+    ),
+    Comparison(f"PyTorch {SLIDE}", f"JAX integer {SLIDE}", ">= 2.0"),
+    Comparison("PyTorch slide, 1 thread", f"JAX integer {SLIDE}", ">= 2.0"),
 )
 
 
@@ -60,11 +72,12 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
         UserError: `with_torch`, and PyTorch is missing or has no such device.
     """
     tokens = _random_tokens(config)
-    qat = JaxTraining(config, "int8", tokens)
+    qat = JaxTraining(config, "mixed", tokens)
     same = dataclasses.replace(config.train, attention=qat.trainer.attention)  # which may have been measured
     steps: dict[str, Work] = {
-        "JAX QAT": qat,
-        "JAX float": JaxTraining(dataclasses.replace(config, train=same), "none", tokens),
+        "JAX integer QAT": JaxTraining(config, "integer", tokens),
+        "JAX mixed QAT": qat,
+        "JAX float": JaxTraining(dataclasses.replace(config, train=same), None, tokens),
     }
     settings: dict[str, Any] = dict(rounds=rounds, steps_per_round=config.train.log_interval)
     settings |= dict(dtype=qat.trainer.dtype.name, attention=qat.trainer.attention, config=config.to_dict())
@@ -117,8 +130,11 @@ def _add_shares(figures: dict[str, Figures], names: list[str], devices: int) -> 
 class JaxTraining:
     """Training steps as `picogpt_jax.training.loop.train` dispatches them."""
 
-    def __init__(self, config: Config, quant_mode: Literal["int8", "none"], tokens: Tokens) -> None:
-        quant = dataclasses.replace(config.quant, mode=quant_mode, start_step=0)
+    def __init__(self, config: Config, arithmetic: Arithmetic | None, tokens: Tokens) -> None:
+        """QAT for this arithmetic; training in float for None."""
+        quant = dataclasses.replace(config.quant, mode="int8" if arithmetic else "none", start_step=0)
+        if arithmetic:
+            quant = dataclasses.replace(quant, arithmetic=arithmetic)
         config = dataclasses.replace(config, quant=quant)
         self.trainer = Trainer(config)
         self.batches = Batches(config, tokens, self.trainer.mesh)
@@ -160,11 +176,12 @@ def _jax_matmuls() -> dict[str, Work]:
 
 
 def benchmark_decoding(
-    model: Int8Model, new_tokens: int, slide_tokens: int, rounds: int, with_torch: bool
+    model: Int8Model | IntegerModel, new_tokens: int, slide_tokens: int, rounds: int, with_torch: bool
 ) -> dict[str, Any]:
     """Times the generation of text from a prompt of one token, at temperature 0.8.
 
     Args:
+        model: computed in both arithmetics, see `in_both`.
         new_tokens: tokens for each stream with overflow="refill".
         slide_tokens: the same with overflow="slide".
 
@@ -176,27 +193,48 @@ def benchmark_decoding(
     """
     settings: dict[str, Any] = dict(rounds=rounds, new_tokens=new_tokens, slide_tokens=slide_tokens)
     settings |= dict(temperature=TEMPERATURE, model=dataclasses.asdict(model.model))
-    settings["quantization"] = dataclasses.asdict(model.quantization)
-    generator = Generator.from_int8(model)
+    models = in_both(model)
+    generators = {arithmetic: Generator.from_int8(model) for arithmetic, model in models.items()}
+    settings |= {f"{name}_cache_bytes": _cache_bytes(generator) for name, generator in generators.items()}
 
-    def generate(streams: int, count: int, overflow: Overflow) -> Work:
+    def generate(arithmetic: Arithmetic, streams: int, count: int, overflow: Overflow) -> Work:
         prompt_BT = np.zeros((streams, 1), np.int32)
+        generator = generators[arithmetic]
         return lambda: generator.generate(prompt_BT, count, temperature=TEMPERATURE, overflow=overflow)
 
-    work: dict[str, Work] = {
-        "JAX refill, 1 stream": generate(1, new_tokens, "refill"),
-        f"JAX refill, {STREAMS} streams": generate(STREAMS, new_tokens, "refill"),
-        "JAX slide, 1 stream": generate(1, slide_tokens, "slide"),
-    }
-    drawn = dict(zip(work, (new_tokens, STREAMS * new_tokens, slide_tokens), strict=True))
+    work: dict[str, Work] = {}
+    drawn: dict[str, int] = {}
+    cases: tuple[tuple[int, int, Overflow], ...]
+    cases = (1, new_tokens, "refill"), (STREAMS, new_tokens, "refill"), (1, slide_tokens, "slide")
+    for streams, count, overflow in cases:
+        for arithmetic in ARITHMETICS:
+            name = f"JAX {arithmetic} {overflow}, {streams} stream{'s' * (streams > 1)}"
+            work[name], drawn[name] = generate(arithmetic, streams, count, overflow), streams * count
     if with_torch:
         baseline, device = _torch_baseline()
         settings["torch_threads"] = every = baseline.torch.get_num_threads()
         for name, threads in (("PyTorch slide, 1 stream", every), ("PyTorch slide, 1 thread", 1)):
-            work[name] = baseline.Decoding(model, slide_tokens, TEMPERATURE, device, threads)
+            work[name] = baseline.Decoding(models["mixed"], slide_tokens, TEMPERATURE, device, threads)
             drawn[name] = slide_tokens
     timings = take_turns(work, rounds)
     return make_report("decode", settings, throughput(timings, drawn), timings, DECODE_COMPARISONS)
+
+
+def _cache_bytes(generator: Generator) -> int:
+    """Bytes of a stream's keys and values."""
+    apply = functools.partial(generator.model.apply, keep_cache=True)
+    ids_BT = jax.ShapeDtypeStruct((1, generator.block_size), np.dtype(np.int32))
+    _, cache = jax.eval_shape(apply, generator.variables, ids_BT)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def in_both(model: Int8Model | IntegerModel) -> dict[Arithmetic, Any]:
+    """The model as an `IntegerModel` and as an `Int8Model`, one of which it is: their speed is comparable."""
+    if isinstance(model, IntegerModel):
+        return {"integer": model, "mixed": model.mixed()}
+    granularity = model.quantization.weight_granularity
+    integers = integer_model(model.model, granularity, dequantized(model), model.vocabulary, model.training)
+    return {"integer": integers, "mixed": model}
 
 
 def random_int8_model(config: ModelConfig) -> Int8Model:
