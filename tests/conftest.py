@@ -56,12 +56,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_script(tmp_path: Path) -> RunScript:
     """`run_script("scripts/train.py", "--flag=1", timeout=60)` runs in `tmp_path`; the output is captured."""
+    return scripts_in(tmp_path)
+
+
+def scripts_in(folder: Path) -> RunScript:
+    """`run_script` in another folder."""
 
     def run(script: str, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": search_path},
             capture_output=True,
             text=True,
