@@ -41,7 +41,7 @@ def command(folder: Path, data_dir: Path) -> Command:
     (line,) = (line for line in quantized.splitlines() if line.startswith("loss: "))
     integer, mixed, difference = (float(line.split()[i].rstrip(",")) for i in (2, 4, 6))
     assert difference == pytest.approx(integer - mixed, abs=2e-6)
-    assert 0 < abs(difference) < 0.05
+    assert 0 < abs(difference) < 0.01
     command("convert", "--input=int8", "--to=onnx", "--output=onnx")
     return command
 

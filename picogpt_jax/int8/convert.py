@@ -83,7 +83,7 @@ def int8_model(
         params: float32 parameters of `GPT`; rows of the token table beyond the vocabulary are left out.
         training: what to note about the run (step, val_loss, dataset, ...).
     """
-    quant = dataclasses.replace(quant, mode="int8", backward_bits=None)
+    quant = dataclasses.replace(quant, mode="int8", arithmetic="mixed", backward_bits=None)
     model = GPT(config, Numerics(quant, "convert"), vocabulary_size=vocabulary.size)
     tokens = jnp.zeros((1, 1), jnp.int32)
     _, collections = jax.jit(lambda params: model.apply({"params": params}, tokens, mutable=["aqt"]))(params)

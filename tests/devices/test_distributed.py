@@ -62,7 +62,7 @@ class Site:
             f"--heartbeat_timeout_seconds={HEARTBEAT_SECONDS}",
             *(
                 f"--config.{section}.{key}={value}"
-                for section in ("model", "optimizer", "train", "mesh", "data")
+                for section in ("model", "quant", "optimizer", "train", "mesh", "data")
                 for key, value in config[section].items()
             ),
         ]
@@ -171,6 +171,15 @@ def test_two_processes_train_as_one_bit_for_bit(one: Path, two: Path) -> None:
     assert losses(two) == losses(one)
     assert same(state(two, 8), state(one, 8))
     assert json.loads((two / "config.json").read_text()) == json.loads((one / "config.json").read_text())
+
+
+def test_two_processes_train_in_integers_as_one(site: Site) -> None:
+    short = dict(quant__arithmetic="integer", train__max_iters=4)
+    workdirs = [site.folder / f"integer_{processes}" for processes in (1, 2)]
+    finish(site.start(2, *site.flags(workdirs[0], **short)))
+    finish(site.launch(2, 1, *site.flags(workdirs[1], **short)))
+    assert losses(workdirs[1]) == losses(workdirs[0])
+    assert same(state(workdirs[1], 4), state(workdirs[0], 4))
 
 
 def test_what_two_processes_wrote_is_read_by_any_number_of_devices(two: Path) -> None:

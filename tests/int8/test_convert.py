@@ -114,9 +114,12 @@ def test_the_vectors_are_the_float_ones() -> None:
     np.testing.assert_array_equal(vectors["transformer.h.0.attn.c_attn.bias"], bias)
 
 
-def test_how_a_model_was_trained_does_not_change_its_codes() -> None:
-    """Neither a training in float nor int8 gradients: the codes follow from the parameters."""
-    quant = small_config(quant__mode="none", quant__backward_bits=8).quant
+@pytest.mark.parametrize(
+    "changes", [dict(quant__mode="none", quant__backward_bits=8), dict(quant__arithmetic="integer")]
+)
+def test_how_a_model_was_trained_does_not_change_its_codes(changes: dict[str, Any]) -> None:
+    """Neither a training in float nor one in integers, nor int8 gradients: the codes follow from the parameters."""
+    quant = small_config(**changes).quant
     other = convert.int8_model(DEFAULT.model, quant, params_of(DEFAULT), VOCABULARY, TRAINING).tensors()
     for name, tensor in model_of(DEFAULT).tensors().items():
         np.testing.assert_array_equal(other[name], tensor, err_msg=name)
