@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from tiny import BATCHES, tiny_config
 
+from configs import gpt2_xl
 from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices.sharding import batch_sharding, make_mesh, on
 from picogpt_jax.int8.convert import FLOAT, float_arrays, serving_quant, serving_variables
@@ -103,6 +104,17 @@ def test_extremes_stay_within_the_bounds(kind: str) -> None:
     else:
         params = jax.tree_util.tree_map_with_path(lambda p, x: x if p[-1].key == "scale" else x * 1e-4, params)
     tokens = np.full((1, 16), 5)
+    expected = in_numpy(made(config, params)).forward(tokens)
+    np.testing.assert_array_equal(trained_logits(config, params, tokens), expected)
+
+
+def test_the_widest_model_stays_within_the_bounds_over_a_full_context() -> None:
+    """A block of configs/gpt2_xl.py with every weight at its largest code, and values that are all alike."""
+    widest = gpt2_xl.get_config().model
+    sizes = {name: widest[name] for name in ("n_head", "n_embd", "block_size", "mlp_ratio", "bias", "activation")}
+    config = config_of(**sizes)
+    params = jax.tree.map(lambda leaf: jnp.where(leaf > -0.1, 30.0, -30.0), random_params(config))
+    tokens = np.full((1, config.block_size), 5)
     expected = in_numpy(made(config, params)).forward(tokens)
     np.testing.assert_array_equal(trained_logits(config, params, tokens), expected)
 
