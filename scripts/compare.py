@@ -27,8 +27,7 @@ from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
 
-NOEXACT = "-noexact"  # the export of `convert.py --noexact`
-ALL = ["jax", "torch", "onnx", f"onnx{NOEXACT}", "numpy", "llama.cpp"]
+ALL = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
 
 MODEL = cli.DEFINE_path("model", None, "An int8 folder.")
 DATA = cli.DEFINE_path("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
@@ -40,7 +39,6 @@ PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Tokens of each greedy text.", lower_bound=1)
 SPEED_TOKENS = flags.DEFINE_integer("speed_tokens", 2000, "Tokens of the timed sample; 0: no timing.", lower_bound=0)
 
-NEEDS = loading.EXTRAS | {f"onnx{NOEXACT}": loading.EXTRAS["onnx"]}
 START = "\n"  # the prompt of the timed sample, where the vocabulary has it
 
 
@@ -57,9 +55,7 @@ def main() -> None:
             paths[name] = EXPORTS.get(name, lambda _: Path(MODEL.value))(model)
         except UserError as error:
             failures[name] = str(error)
-    processes = {
-        name: compare.Apart(functools.partial(passes, name.removesuffix(NOEXACT)), path) for name, path in paths.items()
-    }
+    processes = {name: compare.Apart(functools.partial(passes, name), path) for name, path in paths.items()}
 
     forwards = {name: process.passes[0] for name, process in processes.items()}
     agreements = compare.agreement(forwards, ids, model.model.block_size, failures)
@@ -92,14 +88,14 @@ def chosen_runtimes() -> list[str]:
     for name in RUNTIMES.value or []:
         if name not in ALL:
             raise UserError(f"--runtimes: {name!r} is not one of {', '.join(ALL)}")
-        module, extra = NEEDS.get(name, ("numpy", ""))
+        module, extra = loading.EXTRAS.get(name, ("numpy", ""))
         if find_spec(module) is None:
             raise UserError(f"--runtimes={name} needs {module}, which is not installed: pip install '{extra}'")
     if RUNTIMES.value:
         return [name for name in ALL if name in {compare.REFERENCE, *RUNTIMES.value}]
-    missing = [name for name, (module, _) in NEEDS.items() if find_spec(module) is None]
-    for extra in dict.fromkeys(NEEDS[name][1] for name in missing):
-        left_out = ", ".join(name for name in missing if NEEDS[name][1] == extra)
+    missing = [name for name, (module, _) in loading.EXTRAS.items() if find_spec(module) is None]
+    for extra in dict.fromkeys(loading.EXTRAS[name][1] for name in missing):
+        left_out = ", ".join(name for name in missing if loading.EXTRAS[name][1] == extra)
         print(f"left out: {left_out}; to include it: pip install '{extra}'")
     return [name for name in ALL if name not in missing]
 
@@ -125,25 +121,22 @@ def time_sample(name: str, path: Path, model: Int8Model | IntegerModel) -> dict[
     """Times `sample.py` with this runtime; the second run counts, when what can be cached on disk is."""
     start = START if START in model.vocabulary.itos else model.vocabulary.itos[0]
     script = Path(__file__).resolve().parent / "sample.py"
-    command = [sys.executable, str(script), f"--model={path}", f"--start={start}"]
-    command.append(f"--runtime={name.removesuffix(NOEXACT)}")
+    command = [sys.executable, str(script), f"--model={path}", f"--start={start}", f"--runtime={name}"]
     command += [f"--max_new_tokens={SPEED_TOKENS.value}", "--overflow=refill"]
     compare.time_process(command, len(start))
     return dataclasses.asdict(compare.time_process(command, len(start)))
 
 
-def export_onnx(model: Int8Model | IntegerModel, exact: bool = True) -> Path:
-    folder = Path(OUTPUT.value) / ("onnx" if exact else f"onnx{NOEXACT}")
+def export_onnx(model: Int8Model | IntegerModel) -> Path:
+    folder = Path(OUTPUT.value) / "onnx"
     if isinstance(model, IntegerModel):
-        if not exact:
-            raise UserError("integers are exact: there is no other way")
         from picogpt_jax.formats.onnx_export import export_integer_onnx
 
         export_integer_onnx(model, folder)
         return folder
     from picogpt_jax.formats.onnx_export import save_onnx
 
-    save_onnx(model, folder, exact)
+    save_onnx(model, folder)
     return folder
 
 
@@ -158,7 +151,6 @@ def export_gguf(model: Int8Model | IntegerModel) -> Path:
 # The others read the int8 folder.
 EXPORTS: dict[str, Callable[[Int8Model | IntegerModel], Path]] = {
     "onnx": export_onnx,
-    f"onnx{NOEXACT}": functools.partial(export_onnx, exact=False),
     "llama.cpp": export_gguf,
 }
 if __name__ == "__main__":

@@ -28,12 +28,6 @@ TO = flags.DEFINE_enum(
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
 )
-EXACT = flags.DEFINE_bool(
-    "exact",
-    True,
-    "With --to=onnx: LayerNorm, attention and tanh in float64, so that the text is JAX's. --noexact is faster, most of "
-    "all where whole windows are computed (--overflow=slide, prompts), and needs ONNX Runtime 1.24.",
-)
 DATA = cli.DEFINE_path(
     "data",
     None,
@@ -51,8 +45,6 @@ def main() -> None:
         raise UserError(f"--requantize goes with --to=torch-int8, not with --to={TO.value}")
     if DATA.value and not REQUANTIZE.value and TO.value != "checkpoint":
         raise UserError("--data goes with --requantize=per_tensor, whose cost it measures; leave it out")
-    if not EXACT.value and TO.value != "onnx":
-        raise UserError(f"--noexact goes with --to=onnx, not with --to={TO.value}")
     FORMATS[TO.value]()
 
 
@@ -158,15 +150,13 @@ def to_gguf() -> None:
 def to_onnx() -> None:
     model = sources.load_int8(INPUT.value)
     if isinstance(model, IntegerModel):
-        if not EXACT.value:
-            raise UserError(f"{INPUT.value} computes in integers, which are exact: leave --noexact out")
         from picogpt_jax.formats.onnx_export import export_integer_onnx
 
         export_integer_onnx(model, OUTPUT.value)
     else:
         from picogpt_jax.formats.onnx_export import save_onnx
 
-        save_onnx(model, OUTPUT.value, EXACT.value)
+        save_onnx(model, OUTPUT.value)
     size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
     print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
 

@@ -171,9 +171,23 @@ def test_what_is_served_is_what_was_trained(
     assert float_loss != pytest.approx(qat_loss, abs=1e-6), "a control: float is another loss"
 
 
-@pytest.mark.parametrize("model", ["run/int8", "run/int8.pt"])
-def test_pytorch_has_the_same_loss(int8_pt: Path, model: str, qat_loss: float, loss: Callable[..., float]) -> None:
-    assert loss(model, "torch") == pytest.approx(qat_loss, abs=1e-4)
+@pytest.mark.parametrize(
+    ("runtime", "model"),
+    [("torch", "run/int8"), ("torch", "run/int8.pt"), ("onnx", "run/onnx"), ("numpy", "run/int8")],
+)
+def test_the_other_runtimes_have_the_same_loss(
+    int8_pt: Path,
+    command: Command,
+    runtime: str,
+    model: str,
+    qat_loss: float,
+    float_loss: float,
+    loss: Callable[..., float],
+) -> None:
+    if runtime == "onnx":
+        command("scripts/convert.py", "--input=run/int8", "--to=onnx", "--output=run/onnx")
+    assert loss(model, runtime) == pytest.approx(qat_loss, abs=1e-4)
+    assert float_loss != pytest.approx(qat_loss, abs=1e-4), "a control: float is further away"
 
 
 def test_the_int8_model_says_where_it_comes_from(int8: Path, quantized: Done) -> None:

@@ -1,8 +1,7 @@
 """How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch, on the CPU.
 
-"PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). "fast" leaves out the float64 that
-makes the text JAX's (`exact=False`), and so do the graph and the model in float. Of a prompt, only the last position's
-logits are computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
+"PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). Of a prompt, only the last
+position's logits are computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
 """
 
 import dataclasses
@@ -23,13 +22,12 @@ TEMPERATURE = 0.8
 PROMPTS, PASSES = 32, 20  # prompts processed together, and how often in one turn
 
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
-KINDS = ("int8", "int8 fast")
 COMPARISONS = (
-    *(Comparison(loop, f"ONNX {kind}, refill", ">= 10.0") for kind in KINDS for loop in LOOPS),
-    *(Comparison(loop, f"ONNX {kind}, slide", ">= 3.0") for kind in KINDS for loop in LOOPS),
-    *(Comparison("ONNX float, slide", f"ONNX {kind}, slide", ">= 1.3") for kind in KINDS),
-    *(Comparison("ONNX float, prompts", f"ONNX {kind}, prompts", ">= 1.5") for kind in KINDS),
-    *(Comparison("PyTorch float, prompts", f"PyTorch {kind}, prompts", ">= 1.5") for kind in KINDS),
+    *(Comparison(loop, "ONNX int8, refill", ">= 10.0") for loop in LOOPS),
+    *(Comparison(loop, "ONNX int8, slide", ">= 3.0") for loop in LOOPS),
+    Comparison("ONNX float, slide", "ONNX int8, slide", ">= 1.3"),
+    Comparison("ONNX float, prompts", "ONNX int8, prompts", ">= 1.5"),
+    Comparison("PyTorch float, prompts", "PyTorch int8, prompts", ">= 1.5"),
 )
 
 
@@ -46,6 +44,7 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
         UserError: `with_torch`, and PyTorch is missing.
     """
     from picogpt_jax.formats.onnx_export import onnx_model
+    from picogpt_jax.formats.onnx_graph import Weights
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     prompt_tokens = model.model.block_size
@@ -53,12 +52,9 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
     settings: dict[str, Any] = dict(rounds=rounds, new_tokens=new_tokens, prompts=PROMPTS, prompt_tokens=prompt_tokens)
     settings |= dict(temperature=TEMPERATURE, model=dataclasses.asdict(model.model))
     settings["quantization"] = dataclasses.asdict(model.quantization)
-    kinds = {"int8": onnx_model(model), "int8 fast": onnx_model(model, exact=False)}
-    kinds["float"] = onnx_model(model, "float", exact=False)
-    models = {f"ONNX {kind}": OnnxGPT(proto.SerializeToString()) for kind, proto in kinds.items()}
-    streams: dict[str, Work] = {
-        f"ONNX {kind}, refill": _generation(models[f"ONNX {kind}"], new_tokens, "refill") for kind in KINDS
-    }
+    kinds: tuple[Weights, ...] = ("int8", "float")
+    models = {f"ONNX {kind}": OnnxGPT(onnx_model(model, kind).SerializeToString()) for kind in kinds}
+    streams: dict[str, Work] = {"ONNX int8, refill": _generation(models["ONNX int8"], new_tokens, "refill")}
     streams |= {f"{name}, slide": _generation(model, new_tokens, "slide") for name, model in models.items()}
     prompts: dict[str, Work] = {
         f"{name}, prompts": _passes(functools.partial(model.forward, prompts_BT, last_only=True))
@@ -97,7 +93,7 @@ def _torch_work(
     except ImportError as error:
         raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
     threads, tokens = torch.get_num_threads(), torch.from_numpy(prompts_BT)
-    float32, int8, fast = torch_baseline.dequantized(model), Int8GPT(model), Int8GPT(model, exact=False)
+    float32, int8 = torch_baseline.dequantized(model), Int8GPT(model)
 
     def prompts(forward: Callable[[], object]) -> Work:
         def work() -> None:
@@ -113,7 +109,6 @@ def _torch_work(
     }
     passes = {
         "PyTorch int8, prompts": prompts(lambda: int8(tokens, last_only=True)),
-        "PyTorch int8 fast, prompts": prompts(lambda: fast(tokens, last_only=True)),
         "PyTorch float, prompts": prompts(lambda: float32.last_logits(tokens)),
     }
     return streams, passes, threads

@@ -24,21 +24,17 @@ from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.int8.integer_model import IntegerModel, integer_config_to_json
 from picogpt_jax.runtimes.onnx_model import METADATA_KEY, MODEL_FILE
 
-OPSET, IR_VERSION = 20, 9  # of ONNX 1.15, the first with Gelu
-FAST_OPSET, FAST_IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
+OPSET, IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
 INTEGER_OPSET, INTEGER_IR_VERSION = 21, 10  # of ONNX 1.16, the first that quantizes in blocks
 
 
-def save_onnx(model: Int8Model, folder: str | os.PathLike[str], exact: bool = True) -> None:
+def save_onnx(model: Int8Model, folder: str | os.PathLike[str]) -> None:
     """Writes the folder in one step; an earlier one is replaced as a whole.
-
-    Args:
-        exact: LayerNorm, attention and tanh in float64, as JAX computes them; else in float32.
 
     Raises:
         UserError: `folder` cannot be written or holds other files.
     """
-    _save(folder, model, lambda: onnx_model(model, exact=exact))
+    _save(folder, model, lambda: onnx_model(model))
 
 
 def export_integer_onnx(model: IntegerModel, folder: str | os.PathLike[str]) -> None:
@@ -60,17 +56,14 @@ def _save(folder: str | os.PathLike[str], model: Int8Model | IntegerModel, make:
             write_json(temporary / name, document)
 
 
-def onnx_model(model: Int8Model, weights: Weights = "int8", exact: bool = True) -> onnx.ModelProto:
+def onnx_model(model: Int8Model, weights: Weights = "int8") -> onnx.ModelProto:
     """The checked graph.
 
     Args:
-        exact: as in `save_onnx`.
         weights: "float": the same graph with the dequantized weights in float32, as a measure for the int8 one.
     """
-    graph = GraphBuilder(model, weights, exact).build()
-    opset, ir_version = (OPSET, IR_VERSION) if exact else (FAST_OPSET, FAST_IR_VERSION)
     metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
-    return _checked(graph, opset, ir_version, metadata)
+    return _checked(GraphBuilder(model, weights).build(), OPSET, IR_VERSION, metadata)
 
 
 def integer_onnx_model(model: IntegerModel) -> onnx.ModelProto:

@@ -7,14 +7,12 @@
 An `attention_mask` with n + 1 in the place of a one asks for the logits of the n last positions alone. The id behind
 all others pads a batch where none is free: it is looked up as id 0, which the mask hides, and has no logit.
 
-Standard operators alone, so that the integers are ours in every runtime: an activation x becomes the unsigned byte
-Round(x * (1 / scale)) + 128, and MatMulInteger takes the 128 off again: ONNX Runtime's fast kernel. The float steps
-round where JAX does (`model.rounding`) but for the error function; with `exact=False` all are ONNX Runtime's own.
+Standard operators alone: an activation x becomes the unsigned byte Round(x / scale) + 128, and MatMulInteger takes the
+128 off again: ONNX Runtime's fast kernel. The rest is float32, in one node each where there is an operator.
 
 Shapes: B batch, T time (query), P past, S time (key), C width, H heads, D head size, V vocabulary.
 """
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -27,13 +25,12 @@ except ImportError as error:
 
 from picogpt_jax.formats.hf_documents import padding
 from picogpt_jax.formats.onnx_nodes import TO_THE_END, Nodes
-from picogpt_jax.int8.int8_model import MAX_CODE, SMALLEST_ABSMAX, Int8Model
+from picogpt_jax.int8.int8_model import MAX_CODE, Int8Model
 
 ZERO_POINT = np.uint8(128)
 SMALL_TABLE = 4096  # rows: a vocabulary of characters, or the positions
 NARROW = 512  # outputs of a product
 WHOLE = slice(None)
-SMALLEST_LOG = np.float64(-700)  # exp of it is about 1e-304, a normal number that adds nothing to a sum of weights
 HIDDEN = np.finfo(np.float32).min  # not infinity: a row of padding sees nothing, and its softmax must be a number
 
 Weights = Literal["int8", "float"]
@@ -42,8 +39,8 @@ Weights = Literal["int8", "float"]
 class GraphBuilder(Nodes):
     """The graph, block by block."""
 
-    def __init__(self, model: Int8Model, weights: Weights, exact: bool) -> None:
-        self.model, self.config, self.is_float, self.exact = model, model.model, weights == "float", exact
+    def __init__(self, model: Int8Model, weights: Weights) -> None:
+        self.model, self.config, self.is_float = model, model.model, weights == "float"
         super().__init__()
         self.computed_one = ""  # computed where it is first needed, as the zero points are
         self.zero_points = ""  # of the tokens that are still computed
@@ -135,9 +132,7 @@ class GraphBuilder(Nodes):
             product, weight_scale = self.cast(product, TensorProto.FLOAT), self.scale(name, part, label)
             # ONNX Runtime would take a bias into the product, and add it before the scales.
             is_one_node = len(matrix.codes[part]) <= NARROW and bias is None
-            if self.exact:  # in the order in which JAX rounds
-                y = self.add("Mul", self.add("Mul", product, scale), weight_scale, output=last)
-            elif is_one_node:  # of ONNX Runtime, product and scales
+            if is_one_node:  # of ONNX Runtime, product and scales
                 y = self.add("Mul", product, self.add("Mul", scale, weight_scale), output=last)
             else:  # without the tokens' scales
                 fused = self.add("Mul", product, self.add("Mul", self.one(), weight_scale))
@@ -160,21 +155,12 @@ class GraphBuilder(Nodes):
     def quantize(self, x: str, width: int) -> tuple[str, str]:
         """One scale a token: the codes as uint8 [B, T, in] with zero point 128, and the scales [B, T, 1].
 
-        No clipping: |x| * (1 / (absmax * (1 / 127))) is at most a few roundings above 127.
+        A token of zeros has the scale 0: whatever its codes are, their product is 0.
         """
         absmax = self.add("ReduceMax", self.add("Abs", x), self.integers(-1))
-        step = self.constant("step", np.float32(1 / MAX_CODE))
-        if not self.exact:
-            # x / scale in one node. A token of zeros has the scale 0: whatever its codes are, their product is 0.
-            scale = self.add("Mul", absmax, step)
-            self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
-            return self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width), scale
-        # An absmax below the smallest is raised to it; it belongs to a token of (as good as) zeros.
-        absmax = self.add("Clip", absmax, self.constant("smallest_absmax", SMALLEST_ABSMAX))
-        scale = self.add("Mul", absmax, step)
-        scaled = self.add("Mul", x, self.add("Reciprocal", scale))
-        unit, zero_point = self.constant("unit", np.float32(1)), self.constant("zero_point", ZERO_POINT)
-        return self.add("QuantizeLinear", scaled, unit, zero_point), scale
+        scale = self.add("Mul", absmax, self.constant("step", np.float32(1 / MAX_CODE)))
+        self.zero_points = self.zero_points or self.each_token(ZERO_POINT)
+        return self.add("QuantizeLinear", x, scale, self.zero_points, axis=-1, block_size=width), scale
 
     def each_token(self, value: np.generic) -> str:
         """`value` for each token, [B, T, 1]."""
@@ -185,23 +171,15 @@ class GraphBuilder(Nodes):
         vectors, epsilon = self.model.vectors, self.config.layer_norm_epsilon
         names = [name for name in (f"{name}.weight", f"{name}.bias") if name in vectors]
         weight, *bias = (self.constant(name, vectors[name]) for name in names)
-        if not self.exact:
-            return self.add("LayerNormalization", x, weight, *bias, axis=-1, epsilon=epsilon)
-        # ONNX Runtime's LayerNormalization takes three times as long in float64.
-        x, weight, *bias = (self.cast(value, TensorProto.DOUBLE) for value in (x, weight, *bias))
-        centred = self.add("Sub", x, self.add("ReduceMean", x, self.integers(-1)))
-        variance = self.add("ReduceMean", self.add("Mul", centred, centred), self.integers(-1))
-        raised = self.add("Add", variance, self.constant("epsilon", np.float64(epsilon)))
-        y = self.add("Mul", self.add("Div", centred, self.add("Sqrt", raised)), weight)
-        return self.cast(self.add("Add", y, *bias) if bias else y, TensorProto.FLOAT)
+        return self.add("LayerNormalization", x, weight, *bias, axis=-1, epsilon=epsilon)
 
     def mask(self) -> str:
         """What is added to the scores, [B, 1, T, S]: 0 where a query sees a key, else `HIDDEN`.
 
         Query i of T stands at index P + i of the S keys and sees those up to itself that `attention_mask` admits.
         """
-        hidden = np.array([HIDDEN], np.float64 if self.exact else np.float32)
-        # Of a full window, 4 or 8 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
+        hidden = np.array([HIDDEN])
+        # Of a full window, 4 bytes a pair of positions: ONNX Runtime computes it once, when it loads the model.
         # Its last rows and columns are the mask of fewer positions among themselves; they see all of the past.
         everywhere = self.filled(self.integers(*[self.config.block_size] * 2), hidden)
         full = self.add("Trilu", everywhere, self.constant("one", np.int64(1)), upper=1)
@@ -219,8 +197,7 @@ class GraphBuilder(Nodes):
         """A pre-LayerNorm transformer block; from `first_kept` on (a negative index) where one is given."""
         name = f"transformer.h.{layer}"
         y_BTC, mask_B1TS = self.layer_norm(x_BTC, f"{name}.ln_1"), self.kept(mask_B1TS, 2, first_kept)
-        attention = self.exact_attention if self.exact else self.fused_attention
-        y_BTC = attention(y_BTC, mask_B1TS, layer, first_kept)
+        y_BTC = self.attention(y_BTC, mask_B1TS, layer, first_kept)
         if self.zero_points:
             self.zero_points = self.kept(self.zero_points, 1, first_kept)
         x_BTC = self.add("Add", self.kept(x_BTC, 1, first_kept), self.matmul(y_BTC, f"{name}.attn.c_proj"))
@@ -231,19 +208,9 @@ class GraphBuilder(Nodes):
         """What stands between the two products of the multilayer perceptron."""
         if self.config.activation == "relu":
             return self.add("Relu", x)
-        if self.config.activation == "gelu":
-            return self.add("Gelu", x)  # ONNX Runtime has no error function in float64
-        if not self.exact:
-            return self.add("Gelu", x, approximate="tanh")
-        # x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
-        x = self.cast(x, TensorProto.DOUBLE)
-        linear = np.float64(-2 * math.sqrt(2 / math.pi))
-        slope = self.add("Mul", self.add("Mul", x, x), self.constant("gelu_cubic", 0.044715 * linear))
-        exponent = self.add("Mul", x, self.add("Add", slope, self.constant("gelu_linear", linear)))
-        y = self.add("Div", x, self.add("Add", self.add("Exp", exponent), self.constant("one_float64", np.float64(1))))
-        return self.cast(y, TensorProto.FLOAT)
+        return self.add("Gelu", x, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
 
-    def fused_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
+    def attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
         """Self-attention as one node, without its output projection, [B, T, C]."""
         config, past, present = self.config, f"past_key_values.{layer}", f"present.{layer}"
         name, width = f"transformer.h.{layer}.attn.c_attn", config.n_embd
@@ -264,37 +231,3 @@ class GraphBuilder(Nodes):
         )
         self.nodes.append(node)
         return outputs[0]
-
-    def exact_attention(self, x_BTC: str, mask_B1TS: str, layer: int, first_kept: str | None) -> str:
-        """The same in float64; keys and values follow those of the past."""
-        config = self.config
-        heads = self.integers(0, 0, 3 * config.n_head, config.head_size)
-        qkv = self.add("Reshape", self.matmul(x_BTC, f"transformer.h.{layer}.attn.c_attn"), heads)
-        qkv = self.add("Transpose", qkv, perm=[0, 2, 1, 3])
-        q_BHTD, k_BHTD, v_BHTD = parts = [f"{kind}_{layer}" for kind in "qkv"]
-        self.nodes.append(helper.make_node("Split", [qkv], parts, name=f"Split_{layer}", axis=1, num_outputs=3))
-        past = f"past_key_values.{layer}"
-        k_BHSD = self.add("Concat", f"{past}.key", k_BHTD, axis=2, output=f"present.{layer}.key")
-        v_BHSD = self.add("Concat", f"{past}.value", v_BHTD, axis=2, output=f"present.{layer}.value")
-        q_BHTD = self.kept(q_BHTD, 2, first_kept)
-        k_BHDS = self.add("Transpose", k_BHSD, perm=[0, 1, 3, 2])  # in float32, which is less to move
-        q_BHTD, k_BHDS, v_BHSD = (self.cast(value, TensorProto.DOUBLE) for value in (q_BHTD, k_BHDS, v_BHSD))
-        # A vector: a scalar would be fused into the product as a float32 number.
-        score_scale = self.constant("score_scale", np.full(config.head_size, config.head_size**-0.5))
-        q_BHTD = self.add("Mul", q_BHTD, score_scale)
-        # ONNX Runtime up to 1.25 fuses a product with a transposition, and then lacks the kernel for float64: a Reshape
-        # that changes nothing keeps them apart.
-        k_BHDS = self.add("Reshape", k_BHDS, self.integers(0, 0, 0, -1))
-        scores = self.add("MatMul", q_BHTD, k_BHDS)
-        y_BHTD = self.weighted(self.add("Add", scores, mask_B1TS), v_BHSD)
-        y_BTHD = self.add("Transpose", y_BHTD, perm=[0, 2, 1, 3])
-        return self.add("Reshape", y_BTHD, self.integers(0, 0, config.n_embd))
-
-    def weighted(self, scores_BHTS: str, v_BHSD: str) -> str:
-        """The values weighted by the softmax of the scores, float32 [B, H, T, D]."""
-        # ONNX Runtime's Softmax is slow in float64, and Intel's processors where results are denormal numbers.
-        last = self.integers(-1)
-        below_BHTS = self.add("Sub", scores_BHTS, self.add("ReduceMax", scores_BHTS, last))
-        weights = self.add("Exp", self.add("Max", below_BHTS, self.constant("smallest_log", SMALLEST_LOG)))
-        y_BHTD = self.add("Div", self.add("MatMul", weights, v_BHSD), self.add("ReduceSum", weights, last))
-        return self.cast(y_BHTD, TensorProto.FLOAT)

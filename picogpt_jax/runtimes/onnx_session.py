@@ -2,7 +2,7 @@
 
 A node of a small model takes microseconds, and two threads that share it wait for each other. So each call of a small
 model has one thread, and several windows are computed side by side, a thread each. Large calls, and those of large
-models, have a thread per core. The results are the same bits with any number of threads (tested).
+models, have a thread per core.
 """
 
 import functools
@@ -99,5 +99,5 @@ def open_session(model: str | os.PathLike[str] | bytes, threads: int) -> onnxrun
     except Exception as error:  # onnxruntime has no class of its own above its exceptions
         raise UserError(
             f"is no ONNX model that onnxruntime {onnxruntime.__version__} can read ({reason(error)}); export it again, "
-            "or update onnxruntime: a --noexact export needs 1.24"
+            "or update onnxruntime: an export needs 1.24"
         ) from None

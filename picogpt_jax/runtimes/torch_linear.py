@@ -29,9 +29,8 @@ EXACT_FEATURES = 2**24 // MAX_CODE**2  # 1040: as many products of two codes sum
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale per token: scale = absmax / 127, codes = round_half_to_even(clip(x * (1 / scale), -127, 127)).
+    """One scale per token: scale = absmax * float32(1 / 127), codes = round_half_to_even(x * (1 / scale)).
 
-    The division is a product with float32(1 / 127), as XLA compiles it, so that the scales agree to the last bit.
     Nothing is clipped: |x| * (1 / scale) is at most a few roundings above 127, and rounds to 127.
 
     Args:
@@ -139,7 +138,7 @@ class Int8Matrix(nn.Module):
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = integer_product(x_NI, self.codes) if token_scale else x_NI @ self.codes.float().T
         y = y_NO.view(*x.shape[:-1], -1)
-        for scale in (*token_scale, self.scale):  # the order in which JAX multiplies by them
+        for scale in (*token_scale, self.scale):
             y.mul_(scale)
         if self.bias is not None:
             y += self.bias

