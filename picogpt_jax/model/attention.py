@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from picogpt_jax.config import ModelConfig
 from picogpt_jax.kernels import products
 from picogpt_jax.kernels.fused_attention import fused
-from picogpt_jax.model import integer, rounding
+from picogpt_jax.model import integer
 from picogpt_jax.model.numerics import Numerics
 
 # Of one layer's earlier positions: keys and values [B, H, S, D], in integer arithmetic the codes of both and then their
@@ -45,11 +45,8 @@ def attend(
     """
     if past is not None:
         (keys_BHSD, values_BHSD), length = past
-        exact = numerics.exact_cache
-        return cached_attention(q_BHtD, k_BHTD, v_BHTD, keys_BHSD, values_BHSD, length, exact=exact)
-    backward_dtype = None if numerics.exact else numerics.backward_dtype
-    form = functools.partial(causal, drop=drop, backward_dtype=backward_dtype)
-    return rounding.in_float64(form, numerics.exact)(q_BHtD, k_BHTD, v_BHTD)
+        return cached_attention(q_BHtD, k_BHTD, v_BHTD, keys_BHSD, values_BHSD, length)
+    return causal(q_BHtD, k_BHTD, v_BHTD, drop, numerics.backward_dtype)
 
 
 def query_factor(head_size: int) -> float:
@@ -190,59 +187,13 @@ def cached_attention(
     keys_BHSD: Float[Array, "B H S D"],
     values_BHSD: Float[Array, "B H S D"],
     length: Int[Array, ""],
-    exact: bool,
 ) -> Float[Array, "B H t D"]:
-    """Attention to the new positions and to the first `length` of a cache.
-
-    Args:
-        exact: as in `rounding.in_float64`; else only the softmax is, whose sum depends on its order, and 32 streams of
-            the default model are 1.7 times as fast, one 1.1 times.
-    """
-    seen_S = (jnp.arange(keys_BHSD.shape[2]) < length).astype(q_BHtD.dtype)
-    attend: Callable[..., Array]
-    if exact:
-        # By sums of single products, which the compiler makes one loop of; a product of matrices would need a copy of
-        # the cache in float64.
-        by_loops = functools.partial(_cached, softmax=_softmax, multiply=_summed_keys, weigh=_summed_values)
-        attend = functools.partial(_cached, softmax=_softmax, multiply=key_products, weigh=_weighed)
-        attend = rounding.in_float64(attend, wide=by_loops)
-    else:
-        softmax = rounding.in_float64(_softmax)
-        attend = functools.partial(_cached, softmax=softmax, multiply=key_products, weigh=_weighed)
-    return attend(q_BHtD, k_BHTD, v_BHTD, keys_BHSD, values_BHSD, seen_S)
-
-
-def _cached(
-    q_BHtD: Float[Array, "B H t D"],
-    k_BHTD: Float[Array, "B H T D"],
-    v_BHTD: Float[Array, "B H T D"],
-    keys_BHSD: Float[Array, "B H S D"],
-    values_BHSD: Float[Array, "B H S D"],
-    seen_S: Float[Array, " S"],
-    softmax: Callable[[Array], Array],
-    multiply: Callable[[Array, Array], Array],
-    weigh: Callable[[Array, Array], Array],
-) -> Float[Array, "B H t D"]:
+    """Attention to the new positions and to the first `length` of a cache."""
     time = k_BHTD.shape[2]
-    before_BHtS = multiply(q_BHtD, keys_BHSD)
-    before_BHtS = jnp.where(seen_S[None, None, None] > 0, before_BHtS, jnp.finfo(before_BHtS.dtype).min)
+    is_seen_S = jnp.arange(keys_BHSD.shape[2]) < length
+    before_BHtS = key_products(q_BHtD, keys_BHSD)
+    before_BHtS = jnp.where(is_seen_S[None, None, None], before_BHtS, jnp.finfo(before_BHtS.dtype).min)
     scores_BHtS = jnp.concatenate([causal_scores(q_BHtD, k_BHTD), before_BHtS], axis=-1)
-    weights_BHtS = softmax(scores_BHtS).astype(v_BHTD.dtype)
+    weights_BHtS = jax.nn.softmax(scores_BHtS, axis=-1).astype(v_BHTD.dtype)
+    weigh = functools.partial(jnp.einsum, "bhts,bhsd->bhtd")
     return weigh(weights_BHtS[..., :time], v_BHTD) + weigh(weights_BHtS[..., time:], values_BHSD)
-
-
-_softmax = functools.partial(jax.nn.softmax, axis=-1)
-
-
-def _weighed(weights_BHtS: Float[Array, "B H t S"], values_BHSD: Float[Array, "B H S D"]) -> Float[Array, "B H t D"]:
-    return jnp.einsum("bhts,bhsd->bhtd", weights_BHtS, values_BHSD)
-
-
-def _summed_keys(q_BHtD: Float[Array, "B H t D"], k_BHSD: Float[Array, "B H S D"]) -> Float[Array, "B H t S"]:
-    """`key_products` without a product of matrices."""
-    return (q_BHtD[:, :, :, None] * q_BHtD.shape[3] ** -0.5 * k_BHSD[:, :, None]).sum(-1)
-
-
-def _summed_values(weights_BHtS: Float[Array, "B H t S"], v_BHSD: Float[Array, "B H S D"]) -> Float[Array, "B H t D"]:
-    """`_weighed` without a product of matrices."""
-    return (weights_BHtS[..., None] * v_BHSD[:, :, None]).sum(-2)

@@ -5,6 +5,7 @@ Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, F 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ from picogpt_jax.config import ModelConfig, Remat
 from picogpt_jax.devices.sharding import constrain
 from picogpt_jax.kernels.fused_attention import fused as fused_attention
 from picogpt_jax.kernels.int8_product import is_int8_product
-from picogpt_jax.model import attention, integer, rounding
+from picogpt_jax.model import attention, integer
 from picogpt_jax.model.dropout import DropoutKey, dropout
 from picogpt_jax.model.linear import Dense, Embedding, as_row, init_stddev
 from picogpt_jax.model.numerics import Numerics
+from picogpt_jax.model.quantization import ROUNDING
 
 # "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
 # "dots" also keeps the results of the products with weights, which are most of that work.
@@ -54,21 +56,21 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        exact = self.numerics.exact and not self.numerics.is_integer
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         vectors: list[Any] = [self.param("scale", init, (x.shape[-1],), jnp.float32)]
         if self.config.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             vectors.append(self.param("bias", init, (x.shape[-1],), jnp.float32))
-
-        def normalize(x: Array, scale: Array, *bias: Array) -> Array:
-            centred = x - x.mean(-1, keepdims=True)
-            inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-            y = centred * (inverse * scale) if exact else centred * inverse * scale
-            return y + bias[0] if bias else y
-
-        rows = [as_row(vector, x.ndim) for vector in vectors]
-        y = rounding.in_float64(normalize, exact)(x.astype(jnp.float32), *rows).astype(self.numerics.dtype)
+        scale, *bias = (as_row(vector, x.ndim) for vector in vectors)
+        x_float = x.astype(jnp.float32)
+        if self.numerics.mode != "float" and not self.numerics.is_integer and not self.has_rng(ROUNDING):
+            # Float weights and codes make `x` by other code. Compiled into the sums, it would change their order, and
+            # the last bit of what is served. A training step, which draws, is left as fast as it is.
+            x_float = lax.optimization_barrier(x_float)
+        centred = x_float - x_float.mean(-1, keepdims=True)
+        inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
+        y = centred * inverse * scale
+        y = (y + bias[0] if bias else y).astype(self.numerics.dtype)
         if self.numerics.is_integer:
             return integer.carry(integer.norm(x, vectors[0], vectors[1] if self.config.bias else None), y)
         return y
@@ -81,22 +83,16 @@ def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int) -> tuple[Float[Array
     return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
 
 
-def gelu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x * Phi(x), with the error function."""
-    return 0.5 * x * (1.0 + rounding.erf(x * 0.5**0.5, exact))
+    return 0.5 * x * (1.0 + lax.erf(x * 0.5**0.5))
 
 
-def gelu_tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
-    """GPT-2's approximation of `gelu`."""
-    return rounding.in_float64(functools.partial(jax.nn.gelu, approximate=True), exact)(x)
-
-
-def relu(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
-    """max(x, 0), which is always exact."""
-    return jnp.maximum(x, 0.0)
-
-
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's approximation of it
+    "relu": integer.relu,
+}
 
 
 class Attention(nn.Module):
@@ -159,7 +155,7 @@ class MLP(nn.Module):
         bits = integer.HIDDEN_BITS[config.activation]
         h_BTF = Dense(config.n_hidden, ("embed", "mlp"), numerics, config.bias, output_bits=bits, name="c_fc")(x_BTC)
         h_BTF = constrain(h_BTF, "batch", None, "mlp")
-        y_BTF = ACTIVATIONS[config.activation](h_BTF, numerics.exact and not numerics.is_integer)
+        y_BTF = ACTIVATIONS[config.activation](h_BTF)
         if numerics.is_integer:
             y_BTF = integer.carry(integer.ACTIVATIONS[config.activation](h_BTF), y_BTF)
         stddev, bits = init_stddev("c_proj", config.n_layer), integer.RESIDUAL_BITS
@@ -295,7 +291,7 @@ class GPT(nn.Module):
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "stochastic_rounding": True},
+            split_rngs={"params": True, ROUNDING: True},
             length=n_layer,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

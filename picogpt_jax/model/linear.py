@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from picogpt_jax.devices.sharding import constrain, splits
 from picogpt_jax.kernels import products
-from picogpt_jax.model import integer, rounding
+from picogpt_jax.model import integer
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import (
     INT8_COLLECTION,
+    ROUNDING,
     QuantizedTensor,
     fake_quantize,
     int8_dot,
@@ -76,8 +77,7 @@ class Dense(nn.Module):
         if isinstance(kernel, QuantizedTensor):
             y_BTO = int8_dot(x_BTI, kernel, numerics.quant.activation_bits)
         else:
-            y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(numerics), numerics)
-        y_BTO = rounding.rounded(y_BTO)
+            y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(numerics, self.has_rng(ROUNDING)), numerics)
         if bias is not None:
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
         return y_BTO.astype(numerics.dtype)
@@ -93,7 +93,8 @@ class Dense(nn.Module):
             factors = jnp.where(is_first, jnp.float32(self.first_factor), jnp.float32(1))
             kernel = kernel * factors[None]
             bias = None if bias is None else bias * factors
-        y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(self.numerics), self.numerics)
+        dot_general = quantized_dot_general(self.numerics, self.has_rng(ROUNDING))
+        y_BTO = matmul(x_BTI, kernel, 0, dot_general, self.numerics)
         if bias is not None:
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
         codes, exponent = integer.quantize_weight(kernel, 0, self.numerics.quant.weight_granularity)
@@ -123,7 +124,7 @@ class Embedding(nn.Module):
             self.table = self.param("embedding", init, (self.rows, self.width), jnp.float32)
             if self.used is not None and self.used < self.rows:
                 self.table = jnp.where(jnp.arange(self.rows)[:, None] < self.used, self.table, 0.0)
-            self.dot_general = quantized_dot_general(self.numerics)
+            self.dot_general = quantized_dot_general(self.numerics, self.has_rng(ROUNDING))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... C"]:
         ids = constrain(ids, "tokens", None)

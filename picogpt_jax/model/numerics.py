@@ -25,9 +25,6 @@ class Numerics:
         backward_dtype: what the operands of the backward pass's products are rounded to (`kernels.products`); None:
             they have the compute type.
         attention: a form that can serve (`attention.choose`), for whole sequences; with a cache it is the plain one.
-        exact: the steps whose last bits differ between implementations are computed in float64 on CPU
-            (`model.rounding`): what is evaluated and served, but not a training step.
-        exact_cache: `exact` holds for attention to a cache too.
     """
 
     quant: QuantConfig
@@ -35,8 +32,6 @@ class Numerics:
     dtype: jnp.dtype = FLOAT32
     backward_dtype: jnp.dtype | None = None
     attention: AttentionForm = "plain"
-    exact: bool = True
-    exact_cache: bool = True
 
     @property
     def is_integer(self) -> bool:

@@ -47,6 +47,7 @@ from picogpt_jax.kernels.int8_product import int8_dot_general
 from picogpt_jax.model.numerics import Numerics
 
 INT8_COLLECTION = "int8"
+ROUNDING = "stochastic_rounding"  # the random numbers of `quant.backward_bits`
 
 
 @struct.dataclass
@@ -108,17 +109,20 @@ def int8_dot(
     return product.astype(jnp.float32) * activation_scale * weight_scale
 
 
-def quantized_dot_general(numerics: Numerics) -> nn.Module | None:
+def quantized_dot_general(numerics: Numerics, draws: bool = False) -> nn.Module | None:
     """AQT's dot_general as a linen module: lhs are activations, rhs a float32 weight; both float32, as is the result.
 
     In mode "convert" it leaves the weight's codes in the collection "aqt". In mode "float" there is none.
+
+    Args:
+        draws: whether there are random numbers, `ROUNDING`; the gradients of `quant.backward_bits` need them.
     """
     if numerics.mode == "float":
         return None
     convert = numerics.mode == "convert"
     return aqt_flax.AqtDotGeneral(
         cfg=_aqt_config(numerics),
-        prng_name="stochastic_rounding" if numerics.quant.backward_bits and not numerics.exact else None,
+        prng_name=ROUNDING if numerics.quant.backward_bits and draws else None,
         rhs_quant_mode=QuantMode.CONVERT if convert else QuantMode.TRAIN,
         lhs_freeze_mode=aqt_flax.FreezerMode.NONE,
         rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE if convert else aqt_flax.FreezerMode.NONE,

@@ -81,7 +81,7 @@ class Generator:
         self._prefill = jax.jit(self._prefill_impl, compiler_options=options)
         self._extend = jax.jit(
             self._extend_impl,
-            static_argnames=("top_k", "overflow", "exact"),
+            static_argnames=("top_k", "overflow"),
             donate_argnums=1,
             compiler_options=options,
         )
@@ -129,7 +129,6 @@ class Generator:
         options: dict[str, Any] = dict(
             top_k=top_k if top_k and top_k < vocab_size else None,
             overflow=sampling.overflow if end > self.block_size else None,  # what is never needed is not compiled
-            exact=sampling.temperature == 0,  # of a mixed model that draws, attention in float32 is faster
         )
         scale = Scale.of(sampling.temperature) if sampling.temperature > 0 else None
         wanted, index, unread = FIRST_PIECE, 0, None
@@ -169,11 +168,9 @@ class Generator:
                 return turns
         return 1
 
-    def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], exact: bool = True, **options: Any) -> Any:
-        """The model; `exact`: see `Numerics.exact_cache`."""
-        model = self.model.clone(numerics=dataclasses.replace(self.model.numerics, exact_cache=exact))
+    def _apply(self, variables: Any, tokens_BT: Int[Array, "B T"], **options: Any) -> Any:
         with sharding.on(self._mesh_of(len(tokens_BT))):
-            return model.apply(variables, tokens_BT, **options)
+            return self.model.apply(variables, tokens_BT, **options)
 
     def _split_streams(self, streams: int) -> tuple[Any, Mesh]:
         """The variables on the devices that share the streams, and the mesh of those."""
@@ -225,7 +222,6 @@ class Generator:
         scale: Scale | None,
         top_k: int | None,
         overflow: Overflow | None,
-        exact: bool,
     ) -> tuple[Int[Array, "B N"], Context]:
         """Draws `count` tokens, each from the logits of the one before it, with the random bits from `used` on.
 
@@ -244,7 +240,7 @@ class Generator:
             token_B1, out_BN = drawn(step, carry)
             tokens_BT, cache = carry[1].tokens, carry[1].cache
             tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B1, cache.length, axis=1)
-            logits_B1V, cache = self._apply(variables, token_B1, exact, cache=cache)
+            logits_B1V, cache = self._apply(variables, token_B1, cache=cache)
             return out_BN, Context(tokens_BT, cache, logits_B1V[:, 0])
 
         def make_room(step: Int[Array, ""], carry: Carry) -> Carry:

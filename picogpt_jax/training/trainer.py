@@ -23,6 +23,7 @@ from picogpt_jax.model import attention, layers
 from picogpt_jax.model.dropout import DropoutKey, fold
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Mode, Numerics
+from picogpt_jax.model.quantization import ROUNDING
 from picogpt_jax.text.batches import Tokens, batch_starts
 from picogpt_jax.training import checkpoint
 from picogpt_jax.training.evaluate import Evaluator
@@ -132,10 +133,9 @@ class Trainer:
         wanted = self.config.train.attention
         return fused_attention.choose(wanted, model, self.dtype, device, measure if is_here else None)
 
-    def model(self, mode: Mode, exact: bool = False) -> GPT:
-        """The model; `exact`: as it is evaluated and served (`picogpt_jax.model.numerics`)."""
+    def model(self, mode: Mode) -> GPT:
         train, quant = self.config.train, self.config.quant
-        numerics = Numerics(quant, mode, self.dtype, self.backward_dtype, self.attention, exact)
+        numerics = Numerics(quant, mode, self.dtype, self.backward_dtype, self.attention)
         return GPT(self.config.model, numerics, train.scan_layers, train.remat, self.vocabulary_size)
 
     def mode_at(self, step: int) -> Mode:
@@ -205,7 +205,7 @@ class Trainer:
 
     def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
-        rngs = {"stochastic_rounding": jax.random.fold_in(jax.random.key(key.seed), key.row)}
+        rngs = {ROUNDING: jax.random.fold_in(jax.random.key(key.seed), key.row)}
         logits_BTV = self.model(mode).apply({"params": params}, tokens_BT1[:, :-1], key, rngs=rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT1[:, 1:]).mean()
 
@@ -254,7 +254,7 @@ class Trainer:
             return lax.scan(body, state, batches)
 
     def evaluator(self, mode: Mode) -> Evaluator:
-        model = self.model(mode, exact=True)
+        model = self.model(mode)
 
         def forward(params: Any, tokens_BT: Int[Array, "B T"]) -> Any:
             return model.apply({"params": params}, tokens_BT)

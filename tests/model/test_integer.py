@@ -159,7 +159,7 @@ def test_gradients_are_close_to_those_of_mixed_arithmetic() -> None:
     params = random_params(config, stddev=0.1)
 
     def gradient(arithmetic: Any) -> np.ndarray:
-        model = GPT(config, Numerics(dataclasses.replace(INTEGER, arithmetic=arithmetic), "train", exact=False))
+        model = GPT(config, Numerics(dataclasses.replace(INTEGER, arithmetic=arithmetic), "train"))
 
         def loss(params: Any) -> Any:
             logits = model.apply({"params": params}, jnp.asarray(TOKENS[:, :-1]))

@@ -10,7 +10,7 @@ from tiny import tiny_config
 from picogpt_jax.config import Granularity, QuantConfig
 from picogpt_jax.model import quantization
 from picogpt_jax.model.numerics import Numerics
-from picogpt_jax.model.quantization import QuantizedTensor, converted, quantized_dot_general
+from picogpt_jax.model.quantization import ROUNDING, QuantizedTensor, converted, quantized_dot_general
 
 quantize = jax.jit(quantization.quantize, static_argnames="granularity")
 fake_quantize = jax.jit(quantization.fake_quantize, static_argnums=1)
@@ -208,10 +208,10 @@ def test_gradients_are_those_of_the_float_product(activation_bits: int | None) -
 def test_int8_gradients_are_rounded_without_bias() -> None:
     """backward_bits=8: one draw is off, the mean over many draws is not."""
     x, kernel, g = (jax.random.normal(jax.random.key(seed), (16, 16)) for seed in range(3))
-    module = quantized_dot_general(Numerics(quant(backward_bits=8), "train", exact=False))
+    module = quantized_dot_general(Numerics(quant(backward_bits=8), "train"), draws=True)
 
     def gradient(key: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        rngs = {"stochastic_rounding": key}
+        rngs = {ROUNDING: key}
         loss = lambda w: (module.apply({}, x, w, (((1,), (0,)), ((), ())), None, rngs=rngs) * g).sum()  # noqa: E731
         return jax.grad(loss)(kernel)
 

@@ -186,22 +186,6 @@ def test_streams_that_take_turns_write_the_same_text(
     assert filled == [*turns, 12], "a mesh that is given is for models larger than a cache"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_greedy_text_is_as_exact_as_a_window(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_cache = []
-    apply = Generator._apply
-
-    def spy(self: Generator, variables: Any, tokens: Any, exact: bool = True, **options: Any) -> Any:
-        if "cache" in options:
-            with_cache.append(exact)
-        return apply(self, variables, tokens, exact, **options)
-
-    monkeypatch.setattr(Generator, "_apply", spy)
-    with quick_compilation():
-        Generator.from_int8(MODEL).generate(prompts(2, 6), 3, temperature=temperature)
-    assert set(with_cache) == {temperature == 0}
-
-
 # ------------------------------------------------------------------------------------------------------------ streaming
 
 
@@ -310,7 +294,7 @@ def test_the_loop_of_the_other_runtimes_draws_the_same_text(overflow: Overflow, 
                 cache.length += tokens_BT.shape[1]
             return table_VV[tokens_BT[:, -1:] if last_only else tokens_BT]
 
-    def apply(self: Any, variables: Any, tokens: Any, exact: bool = True, cache: Any = None, **options: Any) -> Any:
+    def apply(self: Any, variables: Any, tokens: Any, cache: Any = None, **options: Any) -> Any:
         logits = jnp.asarray(table_VV)[tokens[:, -1:] if options.get("last_only") else tokens]
         length = jnp.int32(tokens.shape[1]) + (0 if cache is None else cache.length)
         return (logits, KVCache((), length)) if cache is not None or options.get("keep_cache") else logits
