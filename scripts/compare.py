@@ -34,9 +34,10 @@ DATA = cli.DEFINE_path("data", None, "Its data: folder with train.bin, val.bin a
 OUTPUT = cli.DEFINE_path("output", None, "Folder for the exports, compare.json and compare.png.")
 RUNTIMES = flags.DEFINE_list("runtimes", None, f"Of {', '.join(ALL)}. Default: those that are installed.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Targets to compare on. Default: all of val.bin.", lower_bound=1)
-PROMPTS = flags.DEFINE_integer("prompts", 100, "Greedy texts to compare; 0: none.", lower_bound=0)
+PROMPTS = flags.DEFINE_integer("prompts", 100, "Texts to compare; 0: none.", lower_bound=0)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Tokens of each greedy text.", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Tokens of each text.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "At which texts are drawn; 0: the likeliest token.", lower_bound=0)
 SPEED_TOKENS = flags.DEFINE_integer("speed_tokens", 2000, "Tokens of the timed sample; 0: no timing.", lower_bound=0)
 
 START = "\n"  # the prompt of the timed sample, where the vocabulary has it
@@ -55,7 +56,9 @@ def main() -> None:
             paths[name] = EXPORTS.get(name, lambda _: Path(MODEL.value))(model)
         except UserError as error:
             failures[name] = str(error)
-    processes = {name: compare.Apart(functools.partial(passes, name), path) for name, path in paths.items()}
+    processes = {
+        name: compare.Apart(functools.partial(passes, name, TEMPERATURE.value), path) for name, path in paths.items()
+    }
 
     forwards = {name: process.passes[0] for name, process in processes.items()}
     agreements = compare.agreement(forwards, ids, model.model.block_size, failures)
@@ -77,7 +80,8 @@ def main() -> None:
             except UserError as error:
                 failures[name] = str(error)
         rows.append(row | ({"error": failures[name]} if name in failures else {}))
-    print(f"{len(ids) - 1:,} targets, {PROMPTS.value} greedy texts of {NEW_TOKENS.value} tokens")
+    texts_of = f"{PROMPTS.value} texts of {NEW_TOKENS.value} tokens at temperature {TEMPERATURE.value:g}"
+    print(f"{len(ids) - 1:,} targets, {texts_of}")
     print(compare.format_table(rows))
     write_json(Path(OUTPUT.value) / "compare.json", {"tokens": len(ids) - 1, "runtimes": rows})
     compare.draw(rows, Path(OUTPUT.value) / "compare.png", f"One int8 model, {len(rows)} ways to run it")
@@ -107,14 +111,15 @@ def open_ids(model: Int8Model | IntegerModel) -> npt.NDArray[np.uint16]:
     return ids if MAX_TOKENS.value is None else ids[: MAX_TOKENS.value + 1]
 
 
-def passes(runtime: loading.Runtime, path: Path) -> compare.Passes:
-    """What a process of its own computes: logits, and the likeliest text."""
+def passes(runtime: loading.Runtime, temperature: float, path: Path) -> compare.Passes:
+    """What a process of its own computes: logits, and texts."""
     engine = loading.load(path, runtime, "cpu").engine
 
-    def likeliest(prompts_BT: npt.NDArray[np.int64], new_tokens: int) -> npt.NDArray[np.integer]:
-        return np.concatenate([prompts_BT, *engine.pieces(prompts_BT, Sampling(new_tokens, temperature=0.0))], axis=1)
+    def texts(prompts_BT: npt.NDArray[np.int64], new_tokens: int) -> npt.NDArray[np.integer]:
+        sampling = Sampling(new_tokens, temperature=temperature)
+        return np.concatenate([prompts_BT, *engine.pieces(prompts_BT, sampling)], axis=1)
 
-    return engine.logits, likeliest
+    return engine.logits, texts
 
 
 def time_sample(name: str, path: Path, model: Int8Model | IntegerModel) -> dict[str, float]:
@@ -129,11 +134,6 @@ def time_sample(name: str, path: Path, model: Int8Model | IntegerModel) -> dict[
 
 def export_onnx(model: Int8Model | IntegerModel) -> Path:
     folder = Path(OUTPUT.value) / "onnx"
-    if isinstance(model, IntegerModel):
-        from picogpt_jax.formats.onnx_export import export_integer_onnx
-
-        export_integer_onnx(model, folder)
-        return folder
     from picogpt_jax.formats.onnx_export import save_onnx
 
     save_onnx(model, folder)

@@ -149,14 +149,9 @@ def to_gguf() -> None:
 
 def to_onnx() -> None:
     model = sources.load_int8(INPUT.value)
-    if isinstance(model, IntegerModel):
-        from picogpt_jax.formats.onnx_export import export_integer_onnx
+    from picogpt_jax.formats.onnx_export import save_onnx
 
-        export_integer_onnx(model, OUTPUT.value)
-    else:
-        from picogpt_jax.formats.onnx_export import save_onnx
-
-        save_onnx(model, OUTPUT.value)
+    save_onnx(model, OUTPUT.value)
     size = (Path(OUTPUT.value) / sources.ONNX_FILE).stat().st_size
     print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
 

@@ -1,7 +1,8 @@
 """How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch, on the CPU.
 
-"PyTorch loop" is picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). Of a prompt, only the last
-position's logits are computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
+The model is computed in both arithmetics (`speed.in_both`), and in float without quantization. "PyTorch loop" is
+picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). Of a prompt, only the last position's logits are
+computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
 """
 
 import dataclasses
@@ -13,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from picogpt_jax.benchmarks.report import Comparison, Work, make_report, take_turns, throughput
+from picogpt_jax.benchmarks.speed import in_both
+from picogpt_jax.config import Arithmetic
 from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model
+from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import Overflow
 
@@ -23,15 +27,21 @@ PROMPTS, PASSES = 32, 20  # prompts processed together, and how often in one tur
 
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
 COMPARISONS = (
-    *(Comparison(loop, "ONNX int8, refill", ">= 10.0") for loop in LOOPS),
-    *(Comparison(loop, "ONNX int8, slide", ">= 3.0") for loop in LOOPS),
-    Comparison("ONNX float, slide", "ONNX int8, slide", ">= 1.3"),
-    Comparison("ONNX float, prompts", "ONNX int8, prompts", ">= 1.5"),
-    Comparison("PyTorch float, prompts", "PyTorch int8, prompts", ">= 1.5"),
+    *(Comparison(loop, "ONNX integer, slide", ">= 3.0") for loop in LOOPS),
+    Comparison("ONNX float, refill", "ONNX integer, refill", ">= 1.0"),
+    Comparison("ONNX float, slide", "ONNX integer, slide", ">= 1.2"),
+    Comparison("ONNX float, prompts", "ONNX integer, prompts", ">= 1.2"),
+    Comparison("ONNX float, refill", "ONNX mixed, refill", ">= 1.0"),
+    Comparison("ONNX float, slide", "ONNX mixed, slide", ">= 1.3"),
+    Comparison("ONNX float, prompts", "ONNX mixed, prompts", ">= 1.5"),
+    Comparison("PyTorch float, prompts", "PyTorch integer, prompts", ">= 1.0"),
+    Comparison("PyTorch float, prompts", "PyTorch mixed, prompts", ">= 1.5"),
 )
 
 
-def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch: bool) -> dict[str, Any]:
+def benchmark_serving(
+    model: Int8Model | IntegerModel, new_tokens: int, rounds: int, with_torch: bool
+) -> dict[str, Any]:
     """Times one stream of text, from a prompt of one token at temperature 0.8, and the processing of prompts.
 
     Args:
@@ -44,24 +54,28 @@ def benchmark_serving(model: Int8Model, new_tokens: int, rounds: int, with_torch
         UserError: `with_torch`, and PyTorch is missing.
     """
     from picogpt_jax.formats.onnx_export import onnx_model
-    from picogpt_jax.formats.onnx_graph import Weights
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
 
     prompt_tokens = model.model.block_size
     prompts_BT = np.random.default_rng(0).integers(0, model.model.vocab_size, (PROMPTS, prompt_tokens))
     settings: dict[str, Any] = dict(rounds=rounds, new_tokens=new_tokens, prompts=PROMPTS, prompt_tokens=prompt_tokens)
     settings |= dict(temperature=TEMPERATURE, model=dataclasses.asdict(model.model))
-    settings["quantization"] = dataclasses.asdict(model.quantization)
-    kinds: tuple[Weights, ...] = ("int8", "float")
-    models = {f"ONNX {kind}": OnnxGPT(onnx_model(model, kind).SerializeToString()) for kind in kinds}
-    streams: dict[str, Work] = {"ONNX int8, refill": _generation(models["ONNX int8"], new_tokens, "refill")}
-    streams |= {f"{name}, slide": _generation(model, new_tokens, "slide") for name, model in models.items()}
+    models = in_both(model)
+    protos = {str(arithmetic): onnx_model(model) for arithmetic, model in models.items()}
+    protos["float"] = onnx_model(models["mixed"], "float")
+    sessions = {f"ONNX {kind}": OnnxGPT(proto.SerializeToString()) for kind, proto in protos.items()}
+    overflows: tuple[Overflow, ...] = ("refill", "slide")
+    streams: dict[str, Work] = {
+        f"{name}, {overflow}": _generation(session, new_tokens, overflow)
+        for overflow in overflows
+        for name, session in sessions.items()
+    }
     prompts: dict[str, Work] = {
-        f"{name}, prompts": _passes(functools.partial(model.forward, prompts_BT, last_only=True))
-        for name, model in models.items()
+        f"{name}, prompts": _passes(functools.partial(session.forward, prompts_BT, last_only=True))
+        for name, session in sessions.items()
     }
     if with_torch:
-        torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(model, new_tokens, prompts_BT)
+        torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(models, new_tokens, prompts_BT)
         streams, prompts = streams | torch_streams, prompts | torch_prompts
     timings = take_turns(streams | prompts, rounds)
     tokens = dict.fromkeys(streams, new_tokens) | dict.fromkeys(prompts, PASSES * prompts_BT.size)
@@ -82,18 +96,20 @@ def _passes(forward: Callable[[], object]) -> Work:
 
 
 def _torch_work(
-    model: Int8Model, new_tokens: int, prompts_BT: npt.NDArray[np.int64]
+    models: dict[Arithmetic, Any], new_tokens: int, prompts_BT: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Work], dict[str, Work], int]:
     """PyTorch's contenders, streams and prompts, and its number of threads."""
     try:
         import torch
 
         from picogpt_jax.benchmarks import torch_baseline
+        from picogpt_jax.runtimes.torch_integer import IntegerGPT
         from picogpt_jax.runtimes.torch_model import Int8GPT
     except ImportError as error:
         raise UserError(f"{error}; or leave PyTorch out: --notorch") from None
     threads, tokens = torch.get_num_threads(), torch.from_numpy(prompts_BT)
-    float32, int8 = torch_baseline.dequantized(model), Int8GPT(model)
+    integer, mixed = IntegerGPT(models["integer"]), Int8GPT(models["mixed"])
+    float32 = torch_baseline.dequantized(models["mixed"])
 
     def prompts(forward: Callable[[], object]) -> Work:
         def work() -> None:
@@ -104,11 +120,12 @@ def _torch_work(
         return work
 
     streams: dict[str, Work] = {
-        name: torch_baseline.Decoding(model, new_tokens, TEMPERATURE, "cpu", count)
+        name: torch_baseline.Decoding(models["mixed"], new_tokens, TEMPERATURE, "cpu", count)
         for name, count in zip(LOOPS, (threads, 1), strict=True)
     }
     passes = {
-        "PyTorch int8, prompts": prompts(lambda: int8(tokens, last_only=True)),
+        "PyTorch integer, prompts": prompts(lambda: integer(tokens, last_only=True)),
+        "PyTorch mixed, prompts": prompts(lambda: mixed(tokens, last_only=True)),
         "PyTorch float, prompts": prompts(lambda: float32.last_logits(tokens)),
     }
     return streams, passes, threads

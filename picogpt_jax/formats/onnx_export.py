@@ -6,7 +6,6 @@ and the JSON files of `hf_documents`.
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 try:
@@ -28,52 +27,34 @@ OPSET, IR_VERSION = 23, 11  # of ONNX 1.18, the first with Attention
 INTEGER_OPSET, INTEGER_IR_VERSION = 21, 10  # of ONNX 1.16, the first that quantizes in blocks
 
 
-def save_onnx(model: Int8Model, folder: str | os.PathLike[str]) -> None:
+def save_onnx(model: Int8Model | IntegerModel, folder: str | os.PathLike[str]) -> None:
     """Writes the folder in one step; an earlier one is replaced as a whole.
 
     Raises:
         UserError: `folder` cannot be written or holds other files.
     """
-    _save(folder, model, lambda: onnx_model(model))
-
-
-def export_integer_onnx(model: IntegerModel, folder: str | os.PathLike[str]) -> None:
-    """Writes the folder of the integer model in one step; an earlier one is replaced as a whole.
-
-    Raises:
-        UserError: `folder` cannot be written or holds other files.
-    """
-    _save(folder, model, lambda: integer_onnx_model(model))
-
-
-def _save(folder: str | os.PathLike[str], model: Int8Model | IntegerModel, make: Callable[[], onnx.ModelProto]) -> None:
     documents = hf_documents(model.model, model.vocabulary)
     check_replaceable(folder, {MODEL_FILE, *documents})
-    content = make().SerializeToString()
+    content = onnx_model(model).SerializeToString()
     with atomic_folder(folder) as temporary:
         (temporary / MODEL_FILE).write_bytes(content)
         for name, document in documents.items():
             write_json(temporary / name, document)
 
 
-def onnx_model(model: Int8Model, weights: Weights = "int8") -> onnx.ModelProto:
+def onnx_model(model: Int8Model | IntegerModel, weights: Weights = "int8") -> onnx.ModelProto:
     """The checked graph.
 
     Args:
-        weights: "float": the same graph with the dequantized weights in float32, as a measure for the int8 one.
+        weights: "float": the graph of a mixed model with the dequantized weights in float32, as a measure for int8.
     """
-    metadata = {"config": config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": weights}
-    return _checked(GraphBuilder(model, weights).build(), OPSET, IR_VERSION, metadata)
-
-
-def integer_onnx_model(model: IntegerModel) -> onnx.ModelProto:
-    """The checked graph of the integer model."""
-    metadata = {"config": integer_config_to_json(model), "vocabulary": model.vocabulary.to_json(), "weights": "int8"}
-    metadata["digest"] = model.digest.hex()
-    return _checked(IntegerGraph(model).build(), INTEGER_OPSET, INTEGER_IR_VERSION, metadata)
-
-
-def _checked(graph: onnx.GraphProto, opset: int, ir_version: int, metadata: dict[str, Any]) -> onnx.ModelProto:
+    metadata: dict[str, Any] = {"vocabulary": model.vocabulary.to_json(), "weights": weights}
+    if isinstance(model, IntegerModel):
+        metadata |= {"config": integer_config_to_json(model), "digest": model.digest.hex()}
+        graph, opset, ir_version = IntegerGraph(model).build(), INTEGER_OPSET, INTEGER_IR_VERSION
+    else:
+        metadata |= {"config": config_to_json(model)}
+        graph, opset, ir_version = GraphBuilder(model, weights).build(), OPSET, IR_VERSION
     proto = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", opset)],

@@ -38,7 +38,6 @@ from picogpt_jax.runtimes.torch_functions import (
     weights,
 )
 from picogpt_jax.runtimes.torch_linear import EXACT_FEATURES, integer_product, one_thread
-from picogpt_jax.runtimes.torch_model import keep_freed_memory
 
 LIMIT = 2.0**22  # of a fixed-point value
 LARGEST = 2.0**23 - 1  # of the residual stream
@@ -271,7 +270,6 @@ class IntegerGPT(nn.Module):
 
     def __init__(self, model: IntegerModel) -> None:
         super().__init__()
-        keep_freed_memory()
         self.config = model.model
         self.wte, self.wpe = (Matrix(model, f"transformer.{name}", RESIDUAL_BITS) for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer) for layer in range(self.config.n_layer)])

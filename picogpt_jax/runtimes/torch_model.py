@@ -28,19 +28,6 @@ from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.engine import BATCH_SIZE, Sampling
 from picogpt_jax.runtimes.torch_linear import Int8Matrix, one_thread
 
-LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold goes up to 32 MiB
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Has glibc keep the memory of one operation's results for those of the next.
-
-    It gives freed memory at the end of its heap back to the system where that is more than twice the largest block
-    that was mapped and freed before (mallopt(3), M_MMAP_THRESHOLD). To take it again, page by page, costs up to 0.9
-    times the time of a pass. So a large block is freed here; it is never written, so it takes no memory.
-    """
-    torch.empty(LARGEST_KEPT, dtype=torch.uint8, device="cpu")
-
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """In place: fresh memory takes longer than the function."""
@@ -147,7 +134,6 @@ class Int8GPT(nn.Module):
 
     def __init__(self, model: Int8Model) -> None:
         super().__init__()
-        keep_freed_memory()
         self.config = model.model
         self.wte, self.wpe = (matrix(model, f"transformer.{name}") for name in ("wte", "wpe"))
         self.h = nn.ModuleList([Block(model, layer) for layer in range(self.config.n_layer)])

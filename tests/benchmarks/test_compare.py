@@ -154,7 +154,7 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
         assert row["first_token_seconds"] > 0
         assert row["bytes"] > 10_000  # codes and scales
     assert (tmp_path / "all/compare.png").read_bytes().startswith(b"\x89PNG")
-    assert done.stdout.splitlines()[0] == "239 targets, 3 greedy texts of 12 tokens"
+    assert done.stdout.splitlines()[0] == "239 targets, 3 texts of 12 tokens at temperature 0"
 
 
 @pytest.mark.parametrize(

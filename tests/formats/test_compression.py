@@ -11,7 +11,7 @@ from picogpt_jax.config import ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import compression
 from picogpt_jax.formats.compression import compress, decompress, encode, frequencies
-from picogpt_jax.formats.onnx_export import integer_onnx_model
+from picogpt_jax.formats.onnx_export import onnx_model
 from picogpt_jax.int8.integer_model import IntegerModel, integer_model
 from picogpt_jax.runtimes.jax_model import JaxGPT
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
@@ -160,7 +160,7 @@ def test_what_is_refused(data: bytes, digest: Any, message: str) -> None:
 def test_every_runtime_writes_the_same_bytes_and_reads_them(runtime: str) -> None:
     computing: Any = {
         "jax": JaxGPT.from_int8,
-        "onnx": lambda model: OnnxGPT(integer_onnx_model(model).SerializeToString()),
+        "onnx": lambda model: OnnxGPT(onnx_model(model).SerializeToString()),
         "torch": TorchIntegerGPT,
     }[runtime](MODEL)
     content = b"abc\nde bad deed, a cab" * 4

@@ -15,7 +15,7 @@ from onnx.reference.op_run import OpRun
 from picogpt_jax.config import Granularity, ModelConfig
 from picogpt_jax.errors import UserError
 from picogpt_jax.formats import onnx_integer
-from picogpt_jax.formats.onnx_export import export_integer_onnx, integer_onnx_model
+from picogpt_jax.formats.onnx_export import onnx_model, save_onnx
 from picogpt_jax.int8.integer_model import IntegerModel, integer_config_to_json, integer_layout
 from picogpt_jax.runtimes import loop
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
@@ -84,7 +84,7 @@ def by_numpy(model: IntegerModel) -> NumpyIntegerGPT:
 
 
 def by_onnx(model: IntegerModel, threads: int | None = None) -> OnnxGPT:
-    return OnnxGPT(integer_onnx_model(model).SerializeToString(), threads)
+    return OnnxGPT(onnx_model(model).SerializeToString(), threads)
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -143,7 +143,7 @@ def test_an_interpreter_of_the_standard_computes_the_same() -> None:
     """onnx's own, in NumPy, operator by operator, without any of ONNX Runtime's fusions."""
     for case in ({}, {"bias": True, "kind": "wild"}, {"mlp_ratio": 64}):
         model, tokens_BT = random_integer_model(**case), random_tokens(2, 9)
-        evaluator = ReferenceEvaluator(integer_onnx_model(model), new_ops=[GatherElements])
+        evaluator = ReferenceEvaluator(onnx_model(model), new_ops=[GatherElements])
         (logits,) = evaluator.run(["logits"], feeds(model, tokens_BT, np.ones_like(tokens_BT)))
         np.testing.assert_array_equal(logits, by_numpy(model).forward(tokens_BT))
 
@@ -169,7 +169,7 @@ def test_padding_on_the_left_changes_no_bit() -> None:
 
 
 def test_no_float64_and_no_operator_beyond_the_standard() -> None:
-    proto = integer_onnx_model(random_integer_model(bias=True))
+    proto = onnx_model(random_integer_model(bias=True))
     assert {node.domain for node in proto.graph.node} == {""}
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     types = {value.type.tensor_type.elem_type for value in inferred.graph.value_info}
@@ -180,7 +180,7 @@ def test_no_float64_and_no_operator_beyond_the_standard() -> None:
 
 def test_every_code_is_in_the_file_once() -> None:
     model = random_integer_model()
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in integer_onnx_model(model).graph.initializer}
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx_model(model).graph.initializer}
     matrices = {name for name, array in stored.items() if array.ndim >= 2}
     assert matrices == {f"{name}.weight" for name in model.model.matrix_shapes()}
     for name in matrices:
@@ -191,7 +191,7 @@ def test_every_code_is_in_the_file_once() -> None:
 
 def test_the_folder_is_read_back_and_draws_numpys_text(tmp_path: Path) -> None:
     model = random_integer_model()
-    export_integer_onnx(model, tmp_path / "onnx")
+    save_onnx(model, tmp_path / "onnx")
     loaded = OnnxGPT.load(tmp_path / "onnx")
     assert (loaded.config, loaded.vocabulary) == (model.model, model.vocabulary)
     for overflow in ("slide", "refill"):
@@ -201,12 +201,12 @@ def test_the_folder_is_read_back_and_draws_numpys_text(tmp_path: Path) -> None:
     other = dataclasses.replace(model, model=dataclasses.replace(model.model, n_layer=1), tensors={
         name: array for name, array in model.tensors.items() if ".h.1." not in name
     })  # fmt: skip
-    export_integer_onnx(other, tmp_path / "onnx")
+    save_onnx(other, tmp_path / "onnx")
     assert OnnxGPT.load(tmp_path / "onnx").config.n_layer == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"folder of other files \(thesis.txt\)"):
-        export_integer_onnx(model, tmp_path / "mine")
+        save_onnx(model, tmp_path / "mine")
 
 
 def test_powers_of_two_are_those_of_the_specification() -> None:

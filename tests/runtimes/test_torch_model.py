@@ -3,19 +3,13 @@
 import copy
 import dataclasses
 import math
-import mmap
-import os
 import pickle
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_int8_model import random_model
 
 from picogpt_jax.devices import cpu
@@ -306,28 +300,3 @@ def test_cuda_draws_the_same_text_and_has_the_same_loss() -> None:
     assert text.device.type == "cuda"
     assert torch.equal(text.cpu(), on_cpu.generate(prompt, 30, seed=5))
     assert on_cuda.evaluate(data, 16) == pytest.approx(on_cpu.evaluate(data, 16), rel=1e-5)
-
-
-COUNTS_FAULTS = """
-import resource, sys, torch
-from picogpt_jax.formats.sources import load_int8
-from picogpt_jax.runtimes.torch_model import Int8GPT
-model = Int8GPT(load_int8(sys.argv[1]))
-tokens = torch.zeros(32, 128, dtype=torch.int64)
-for passes in range(6):
-    if passes == 3:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    model(tokens)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the GNU C library's allocator")
-def test_a_pass_takes_the_memory_that_the_one_before_gave_back(tmp_path: Path) -> None:
-    """In a process of its own: what was freed before matters."""
-    save_int8_model(random_model(n_layer=3, n_embd=192, block_size=128), tmp_path)
-    command = [sys.executable, "-c", COUNTS_FAULTS, str(tmp_path)]
-    settings = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # another allocator, or thresholds that stay as they are
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    assert int(done.stdout) * mmap.PAGESIZE < 4 << 20, "bytes taken anew; without keep_freed_memory over 20 MB"
