@@ -42,7 +42,7 @@ class Apart:
     """A runtime in a process of its own.
 
     Attributes:
-        passes: its forward pass and its continuation of prompts; they raise a UserError where the runtime refuses the model
+        passes: its forward pass and its texts; they raise a UserError where the runtime refuses the model
             or its process has ended.
 
     Args:
