@@ -38,7 +38,7 @@ NARROW = 512  # outputs of a product whose tokens' scales ONNX Runtime multiplie
 SMALL_TABLE = 4096  # rows of an embedding that is looked up in fixed point
 FURTHEST = 15 * 256  # from the largest score, where a weight is 0
 HIDDEN = np.float32(-(2.0**40))  # of a score
-LARGEST_HIDDEN, FLAT = 32767, 640  # of a GELU: the largest input, and where it is the identity or 0
+LARGEST_HIDDEN, FLAT = 32767, 1024  # of a GELU: the largest input, and where it is the identity or 0
 TIE = np.float32(1 + 2.0**-14)  # moves halves up and nothing else, of numbers of 13 bits
 
 
@@ -321,8 +321,10 @@ def power_table() -> npt.NDArray[np.float32]:
 
 
 def gelu_table() -> npt.NDArray[np.float32]:
-    """GELU from 8 fraction bits to 10, of -640 to 32767, and a quarter: it rounds halves of a quotient up."""
+    """GELU from 8 fraction bits to 10, of -1024 to 32767, and a quarter: it rounds halves of a quotient up."""
     h = np.arange(-FLAT, LARGEST_HIDDEN + 1)
-    t = FLAT - np.minimum(np.abs(h), FLAT)
-    near_one = 256 - ((((t * t + 128) >> 8) * 591 + 2048) >> 12)
-    return ((h * (256 + np.sign(h) * near_one) + 64) >> 7).astype(np.float32) + np.float32(0.25)
+    a = np.minimum(np.abs(h), FLAT)
+    p = 4096 - ((a * (3276 + ((a * (4220 - ((a * 3908) >> 10))) >> 10))) >> 10)
+    square = (p * p) >> 12
+    below = (a * ((square * square) >> 12) + 1024) >> 11
+    return (4 * np.maximum(h, 0) - below).astype(np.float32) + np.float32(0.25)

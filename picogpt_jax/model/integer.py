@@ -7,7 +7,7 @@ What.  The formulas, bounds and constants are "Version 2" of `picogpt_jax/int8/R
 In short: a scale is a power of two, so quantizing a vector is a rounding shift that leaves 7 bits and a sign. A linear
 layer adds up int8 products in int32 and shifts the sum to fixed point. LayerNorm subtracts an integer mean and
 multiplies by a short reciprocal of the standard deviation. Attention takes int8 queries, keys and values; 2^-x is a
-parabola and a shift; the weights of the values are unsigned bytes. GELU is a parabola. All but sums is within 2^24.
+parabola and a shift; the weights of the values are unsigned bytes. GELU is a polynomial. All but sums is within 2^24.
 
 How it is carried.  Between the layers a value is a float32 number that holds an integer times a power of two, exactly.
 So these functions stand where the float ones stand, and everything around them (dropout, remat, scan, meshes) is the
@@ -201,11 +201,12 @@ def norm(
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU of 8 fraction bits, with 10; all of them are halved products below 2^24."""
+    """GELU of 8 fraction bits, with 10."""
     h = jnp.clip(fixed(x, HIDDEN_BITS["gelu"]), -32767, 32767)
-    t = 640 - jnp.minimum(jnp.abs(h), 640)
-    near_one = 256 - shift(shift(t * t, 8) * 591, 12)
-    return floating(shift(h * (256 + jnp.sign(h) * near_one), 7), RESIDUAL_BITS)
+    a = jnp.minimum(jnp.abs(h), 1024)
+    p = 4096 - ((a * (3276 + ((a * (4220 - ((a * 3908) >> 10))) >> 10))) >> 10)
+    square = (p * p) >> 12
+    return floating(4 * jnp.maximum(h, 0) - shift(a * ((square * square) >> 12), 11), RESIDUAL_BITS)
 
 
 def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:

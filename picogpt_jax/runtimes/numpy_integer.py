@@ -119,9 +119,10 @@ class Norm:
 def gelu(u: Ints) -> Ints:
     """From 8 fraction bits to 10."""
     h = np.clip(u, -32767, 32767)
-    t = 640 - np.minimum(np.abs(h), 640)
-    near_one = 256 - shift(shift(t * t, 8) * 591, 12)
-    return shift(h * (256 + np.sign(h) * near_one), 7)
+    a = np.minimum(np.abs(h), 1024)
+    p = 4096 - ((a * (3276 + ((a * (4220 - ((a * 3908) >> 10))) >> 10))) >> 10)
+    square = (p * p) >> 12
+    return 4 * np.maximum(h, 0) - shift(a * ((square * square) >> 12), 11)
 
 
 def attention(q: tuple[Ints, Ints], k: tuple[Ints, Ints], v: tuple[Ints, Ints], block_size: int) -> tuple[Ints, Ints]:

@@ -85,11 +85,13 @@ def exponent_of(power: Tensor) -> Tensor:
 def gelu(u: Tensor) -> Tensor:
     """From 8 fraction bits to 10."""
     half, h = halves(u.device)[0], u.clamp_(-32767, 32767)
-    t = torch.sub(number(640.0), h.abs()).clamp_min_(0)
-    near_one = torch.addcmul(half, t, t, value=2.0**-8, out=t).floor_()
-    near_one.mul_(number(591 * 2.0**-12)).add_(number(0.5)).floor_()
-    factor = torch.sub(number(256.0), near_one, out=near_one).copysign_(h).add_(number(256.0))
-    return torch.addcmul(half, h, factor, value=2.0**-7, out=h).floor_()
+    a = h.abs().clamp_max_(1024).mul_(number(2.0**-10))
+    p = a.mul(number(3908.0)).floor_()
+    p = torch.sub(number(4220.0), p, out=p).mul_(a).floor_().add_(number(3276.0)).mul_(a).floor_()
+    p = torch.sub(number(4096.0), p, out=p).mul_(number(2.0**-6)).square_().floor_()
+    p.mul_(number(2.0**-6)).square_().floor_()
+    below = torch.addcmul(half, a, p, value=0.5, out=p).floor_()
+    return h.clamp_min_(0).mul_(number(4.0)).sub_(below)
 
 
 @functools.lru_cache(256)

@@ -1,6 +1,7 @@
 """The specification's own program, and the example that it is checked with by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -74,3 +75,10 @@ def test_a_shift_rounds_halves_up(s: int) -> None:
     x = np.array([-(1 << 23), -3, -2, -1, 0, 1, 2, 3, 1 << 23])
     expected = [(int(value) + (1 << (s - 1))) >> s for value in x]
     assert numpy_integer.shift(x.astype(np.int32), s).tolist() == expected
+
+
+def test_gelu_is_accurate() -> None:
+    u = np.arange(-3000, 3001, dtype=np.int32)
+    exact = np.array([x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in u / 256])
+    np.testing.assert_allclose(numpy_integer.gelu(u), 1024 * exact, rtol=0, atol=1.4)
+    assert numpy_integer.gelu(np.array([-(1 << 22), -1024, 1024, 1 << 22], np.int32)).tolist() == [0, 0, 4096, 131068]
