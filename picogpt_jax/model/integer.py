@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from picogpt_jax.config import Granularity
+from picogpt_jax.devices import sharding
 from picogpt_jax.kernels.int8_product import int8_dot_general
 
 LIMIT = 1 << 22  # of a fixed-point value
@@ -239,7 +240,7 @@ def attention(
     cap = (24 - (127 * 127 * size).bit_length()) >> 1
     # A score has 8 fraction bits, 4 of them from each side.
     e = jnp.minimum(q_exponent.astype(jnp.int32) + 4, cap) + jnp.minimum(k_exponent.astype(jnp.int32) + 4, cap).mT
-    z = shift(_products(q_BHTD, k_BHSD.mT), -e)
+    z = shift(_scores(q_BHTD, k_BHSD), -e)
     positions = first + lax.broadcasted_iota(jnp.int32, (1, 1, queries, keys), 2)
     is_seen = lax.broadcasted_iota(jnp.int32, (1, 1, queries, keys), 3) <= positions
     z = jnp.where(is_seen, z, -(1 << 25))
@@ -256,7 +257,7 @@ def attention(
     top = jnp.where(p > 0, bits(p) + v_row, NO_EXPONENT).max(-1, keepdims=True) - weight_bits
     s = jnp.clip(top - v_row, -22, 31)
     w = jnp.minimum(shift(p, s), (1 << weight_bits) - 1)
-    o = _products(w, v_BHSD)
+    o = _weighted(w, v_BHSD)
     n = jnp.maximum(bits(jnp.abs(o).max(-1, keepdims=True)) - 15, 0)
     dt = bits(den) - 8
     narrow = shift(den, dt)
@@ -265,10 +266,23 @@ def attention(
 
 
 def _products(lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"]) -> Int32[Array, "B H T N"]:
-    """Products of matrices below 2^24: in float32 where a CPU computes, int8 has no kernel for a batch there.
-
-    For one row, by sums: a copy of the cache in float32 would take longer.
-    """
-    if lhs.shape[2] == 1:
-        return (lhs.mT.astype(jnp.int32) * rhs.astype(jnp.int32)).sum(2, keepdims=True)
+    """Products of matrices below 2^24: in float32 where a CPU computes, int8 has no kernel for a batch there."""
     return jnp.matmul(lhs.astype(jnp.float32), rhs.astype(jnp.float32), precision="highest").astype(jnp.int32)
+
+
+def _scores(q: Int8[Array, "B H T D"], k: Int8[Array, "B H S D"]) -> Int32[Array, "B H T S"]:
+    """Products of queries and keys. For one query, by sums: a copy of the keys in float32 would take longer."""
+    if q.shape[2] == 1:
+        return (q.mT.astype(jnp.int32) * k.mT.astype(jnp.int32)).sum(2, keepdims=True)
+    return _products(q, k.mT)
+
+
+def _weighted(w: Int[Array, "B H T S"], v: Int8[Array, "B H S D"]) -> Int32[Array, "B H T D"]:
+    """Sums of values times their weights."""
+    batch, heads, queries, keys = w.shape
+    if queries > 1 or sharding.splits("heads"):
+        return _products(w, v)
+    # With one dimension for streams and heads, 32 streams are 1.6 times as fast on a CPU: no copy is made in float32.
+    w_NS, v_NSD = w.reshape(batch * heads, keys).astype(jnp.float32), v.reshape(batch * heads, keys, -1)
+    sums_ND = jnp.einsum("ns,nsd->nd", w_NS, v_NSD.astype(jnp.float32), precision="highest")
+    return sums_ND.reshape(batch, heads, 1, -1).astype(jnp.int32)
