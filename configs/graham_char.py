@@ -12,4 +12,5 @@ from configs.base import get_config as get_base
 def get_config() -> ConfigDict:
     config = get_base()
     config.data.dir = "data/graham_char"
+    config.quant.arithmetic = "integer"
     return config

@@ -16,4 +16,5 @@ from configs.base import get_config as get_base
 def get_config() -> ConfigDict:
     config = get_base()
     config.data.dir = "data/shakespeare_char"
+    config.quant.arithmetic = "integer"
     return config

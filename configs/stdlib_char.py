@@ -14,6 +14,7 @@ from configs.base import get_config as get_base
 def get_config() -> ConfigDict:
     config = get_base()
     config.data.dir = "data/stdlib_char"
+    config.quant.arithmetic = "integer"
     config.train.max_iters = 400
     config.train.eval_interval = 100
     config.train.eval_iters = 10

@@ -19,14 +19,13 @@ step "2. Training with int8 in the forward pass (QAT)"
 
 step "3. The int8 model"
 "$python" scripts/quantize.py --workdir=$run --output=$run/int8
-"$python" scripts/convert.py --input=$run/int8 --to=torch-int8 --output=$run/int8.pt
 
 step "4. Validation loss, 100,000 tokens"
 evaluate() { "$python" scripts/evaluate.py --data=$data --max_tokens=100000 "${@:2}" --json=$run/loss_"$1".json >/dev/null; }
 evaluate float --model=$run --forward=float
 evaluate qat --model=$run --forward=trained
 evaluate int8 --model=$run/int8
-evaluate torch --model=$run/int8.pt --runtime=torch
+evaluate torch --model=$run/int8 --runtime=torch
 "$python" - $run <<'PY'
 import json, pathlib, sys
 
@@ -42,9 +41,9 @@ step "5. Text from the int8 model in JAX"
 sample=(scripts/sample.py --start="def " --max_new_tokens=300 --overflow=refill --show_stats)
 "$python" "${sample[@]}" --model=$run/int8 --runtime=jax
 
-step "6. Text from the same int8 codes in PyTorch"
-"$python" "${sample[@]}" --model=$run/int8.pt --runtime=torch
+step "6. The same text from PyTorch: all is computed in integers"
+"$python" "${sample[@]}" --model=$run/int8 --runtime=torch
 
 step "7. What lies in $run"
-du -sh $run/checkpoints $run/int8 $run/int8.pt
+du -sh $run/checkpoints $run/int8
 echo "loss curve: $run/loss.png"
