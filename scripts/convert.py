@@ -177,7 +177,9 @@ def to_c() -> None:
     model = sources.load_int8(INPUT.value)
     if not isinstance(model, IntegerModel):
         make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
-        raise UserError(f"{INPUT.value} computes in floats between its products, and C in integers; make one with: {make}")
+        raise UserError(
+            f"{INPUT.value} computes in floats between its products, and C in integers; make one with: {make}"
+        )
     files = save_c(model, OUTPUT.value)
     size = (Path(OUTPUT.value) / files[-1]).stat().st_size
     print(f"wrote {OUTPUT.value}: a program in C with its model in {files[-1]} of {size:,} bytes; build it with: make")

@@ -72,8 +72,15 @@ def _header(model: IntegerModel, digest: int, in_a_file: bool) -> Iterator[str]:
     yield from ("#ifndef PICOGPT_MODEL_H", "#define PICOGPT_MODEL_H", "", '#include "picogpt.h"', "")
     yield f"#define PICOGPT_VOCAB_SIZE {model.model.vocab_size}"
     yield f"#define PICOGPT_DIGEST 0x{digest:08x}u"
-    shape = ", ".join(map(str, list(members.values())[:6]))
-    yield f"#define PICOGPT_STATE_WORDS(chunk) PICOGPT_MEMORY_WORDS({shape}, chunk)"
+    layers, *rest = [members[name] for name in ("n_layer", "n_head", "n_embd", "n_hidden", "block_size", "vocab_size")]
+    heads, width, hidden, block_size, vocab_size = rest
+    yield "/* The type of the memory of a text. */"
+    yield "#define PICOGPT_MEMORY(chunk) \\"
+    yield "    struct { \\"
+    yield f"        int32_t words[PICOGPT_WORDS({heads}, {width}, {hidden}, {block_size}, {vocab_size}, chunk)]; \\"
+    yield f"        int16_t halves[PICOGPT_HALVES({width}, {hidden}, chunk)]; \\"
+    yield f"        int8_t bytes[PICOGPT_BYTES({layers}, {heads}, {width}, {block_size})]; \\"
+    yield "    }"
     yield from _vocabulary(model)
     if in_a_file:
         yield from (f'#define PICOGPT_WEIGHTS_FILE "{WEIGHTS_FILE}"', "", "#endif")

@@ -12,7 +12,7 @@
 #define PICOGPT_CHUNK 16 /* tokens of a prompt that are computed at a time */
 #endif
 
-static int32_t memory[PICOGPT_STATE_WORDS(PICOGPT_CHUNK)];
+static PICOGPT_MEMORY(PICOGPT_CHUNK) memory;
 
 static const char help[] =
     "usage: picogpt [--start=TEXT | --start=FILE:PATH] [--num_samples=1] [--max_new_tokens=500]\n"
@@ -205,12 +205,18 @@ static const picogpt_model *load(const char *program)
     const char *slash = strrchr(program, '/');
     const size_t folder = slash ? (size_t)(slash - program) + 1 : 0;
     char *path = (char *)allocate(folder + sizeof PICOGPT_WEIGHTS_FILE);
-    size_t length;
+    size_t length, lengths[3];
+    int fits;
     memcpy(path, program, folder);
     strcpy(path + folder, PICOGPT_WEIGHTS_FILE);
-    if (!picogpt_open(&model, read_file(path, &length), length) || model.digest != PICOGPT_DIGEST ||
-        picogpt_memory_words(&model, PICOGPT_CHUNK) != sizeof memory / sizeof *memory ||
-        model.vocab_size != PICOGPT_VOCAB_SIZE)
+    fits = picogpt_open(&model, read_file(path, &length), length) && model.digest == PICOGPT_DIGEST &&
+           model.vocab_size == PICOGPT_VOCAB_SIZE;
+    if (fits) {
+        picogpt_memory(&model, PICOGPT_CHUNK, lengths);
+        fits = lengths[0] == sizeof memory.words / 4 && lengths[1] == sizeof memory.halves / 2 &&
+               lengths[2] == sizeof memory.bytes;
+    }
+    if (!fits)
         fail(path, " is not the file that was written with this program's model.h", "; convert the model again");
     return &model;
 }
@@ -261,7 +267,7 @@ int main(int count, char **arguments)
     }
 
     model = load(arguments[0]);
-    picogpt_init(&state, model, memory, PICOGPT_CHUNK);
+    picogpt_init(&state, model, memory.words, memory.halves, memory.bytes, PICOGPT_CHUNK);
     if (self_test) {
         const uint32_t digest = picogpt_digest(&state);
         const int passed = digest == model->digest;

@@ -9,7 +9,8 @@ enum {
     HEAD_BITS = 12,
     NORM_BITS = 12,
     GELU_BITS = 8,
-    NEVER = -10000 /* below every exponent */
+    NEVER = -10000, /* below every exponent */
+    LANES = 8       /* values that are added up side by side */
 };
 
 /* ---- integers ---- */
@@ -84,23 +85,24 @@ static int32_t fit(int32_t largest)
 }
 
 /* Codes and their exponent. */
-static int32_t quantize(int8_t *restrict codes, const int32_t *restrict u, int32_t count)
+static int32_t quantize(int16_t *restrict codes, const int32_t *restrict u, int32_t count)
 {
     const int32_t t = fit(largest_magnitude(u, count));
     int32_t i;
     for (i = 0; i < count; i++)
-        codes[i] = (int8_t)shift(u[i], t);
+        codes[i] = (int16_t)shift(u[i], t);
     return t;
 }
 
-/* The product of two vectors of codes: nearly all of the time is spent here. A port may have a faster one. */
+/* The product of two vectors of codes: most of the time is spent here. A port may have a faster one. Codes that meet
+ * many rows are widened to 16 bits once: most processors multiply and add pairs of these in one instruction. */
 #ifndef PICOGPT_DOT
 #define PICOGPT_DOT dot
-static inline int32_t dot(const int8_t *restrict a, const int8_t *restrict b, int32_t count)
+static inline int32_t dot(const int8_t *restrict row, const int16_t *restrict codes, int32_t count)
 {
     int32_t i, sum = 0;
     for (i = 0; i < count; i++)
-        sum += a[i] * b[i];
+        sum += row[i] * codes[i];
     return sum;
 }
 #endif
@@ -109,7 +111,7 @@ static inline int32_t dot(const int8_t *restrict a, const int8_t *restrict b, in
 
 /* y [count, rows] of codes [count, columns] with their exponents e [count]. */
 static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, int32_t columns, int32_t is_per_channel,
-                   const int8_t *restrict codes, const int32_t *restrict e, int32_t count, int32_t fraction_bits,
+                   const int16_t *restrict codes, const int32_t *restrict e, int32_t count, int32_t fraction_bits,
                    int32_t *restrict y)
 {
     const size_t row = (size_t)layer * (size_t)rows;
@@ -136,7 +138,7 @@ static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, in
 
 /* LayerNorm of x [n_embd], quantized: codes and their exponent. */
 static int32_t norm(const picogpt_state *state, const picogpt_norm *parameters, int32_t layer,
-                    const int32_t *restrict x, int8_t *restrict codes)
+                    const int32_t *restrict x, int16_t *restrict codes)
 {
     const int32_t width = state->model->n_embd, n = bits((uint32_t)largest_magnitude(x, width)) - 11;
     const int32_t v = width <= 1024 ? 5 : width <= 4096 ? 6 : 7;
@@ -190,17 +192,19 @@ static size_t head_offset(const picogpt_model *model, int32_t layer, int32_t hea
     return ((size_t)layer * (size_t)model->n_head + (size_t)head) * (size_t)model->block_size;
 }
 
-/* Puts the key and value of a position into the cache. */
-static void remember(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *key,
-                     const int32_t *value)
+/* Puts the keys, or the values, of a position [n_embd] into the cache. */
+static void remember(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *u, int8_t *cache,
+                     int8_t *exponents)
 {
     const picogpt_model *model = state->model;
     const int32_t size = model->n_embd / model->n_head;
-    int32_t h;
-    for (h = 0; h < model->n_head; h++) {
+    int32_t h, i;
+    for (h = 0; h < model->n_head; h++, u += size) {
         const size_t place = head_offset(model, layer, h) + (size_t)position;
-        state->key_exponents[place] = (int8_t)quantize(state->keys + place * (size_t)size, key + h * size, size);
-        state->value_exponents[place] = (int8_t)quantize(state->values + place * (size_t)size, value + h * size, size);
+        int8_t *restrict codes = cache + place * (size_t)size;
+        exponents[place] = (int8_t)quantize(state->query, u, size);
+        for (i = 0; i < size; i++)
+            codes[i] = (int8_t)state->query[i];
     }
 }
 
@@ -218,7 +222,7 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
     int32_t j, largest = -(1 << 25), sum = 0;
     uint32_t reach = 0;
     for (j = 0; j < keys; j++, key += size)
-        score[j] = PICOGPT_DOT(state->query, key, size);
+        score[j] = PICOGPT_DOT(key, state->query, size);
     for (j = 0; j < keys; j++) {
         const int32_t e = query_exponent + smaller(key_exponents[j] - 8, cap);
         const int32_t right = larger(-e, 0), left = larger(e, 0);
@@ -239,8 +243,20 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
     return sum;
 }
 
+/* LANES features of the sum of all values [keys, size], each times its weight; they stay in registers. */
+static void mix(int32_t *restrict o, const int32_t *restrict weights, const int8_t *restrict values, int32_t keys,
+                int32_t size)
+{
+    int32_t sums[LANES] = {0}, i, j;
+    for (j = 0; j < keys; j++, values += size)
+        for (i = 0; i < LANES; i++)
+            sums[i] += weights[j] * values[i];
+    for (i = 0; i < LANES; i++)
+        o[i] = sums[i];
+}
+
 /* Attention of the query [n_embd] at a position to all up to it: codes [n_embd] and their exponent. */
-static int32_t attend(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *query, int8_t *codes)
+static int32_t attend(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *query, int16_t *codes)
 {
     const picogpt_model *model = state->model;
     const int32_t size = model->n_embd / model->n_head;
@@ -251,13 +267,11 @@ static int32_t attend(const picogpt_state *state, int32_t layer, int32_t positio
         int32_t *restrict o = state->heads + h * size;
         int32_t top, n, sum_bits, narrow, r, largest;
         const int32_t sum = weigh(state, offset, query + h * size, size, position + 1, &top);
-        for (i = 0; i < size; i++)
-            o[i] = 0;
-        for (j = 0; j <= position; j++, value += size) {
-            const int32_t weight = state->scores[j];
-            for (i = 0; i < size; i++)
-                o[i] += weight * value[i];
-        }
+        for (i = 0; i + LANES <= size; i += LANES)
+            mix(o + i, state->scores, value + i, position + 1, size);
+        for (; i < size; i++)
+            for (o[i] = 0, j = 0; j <= position; j++)
+                o[i] += state->scores[j] * value[j * size + i];
         n = larger(bits((uint32_t)largest_magnitude(o, size)) - 15, 0);
         sum_bits = bits((uint32_t)sum) - 8;
         narrow = shift(sum, sum_bits);
@@ -273,7 +287,7 @@ static int32_t attend(const picogpt_state *state, int32_t layer, int32_t positio
         t = 0;
     for (h = 0; h < model->n_head; h++)
         for (i = h * size; i < (h + 1) * size; i++)
-            codes[i] = (int8_t)shift(state->heads[i], t - state->head_exponents[h]);
+            codes[i] = (int16_t)shift(state->heads[i], t - state->head_exponents[h]);
     return t;
 }
 
@@ -299,7 +313,7 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
     const picogpt_model *m = state->model;
     const int32_t width = m->n_embd, hidden = m->n_hidden, first = state->position, scales = m->is_per_channel;
     int32_t *const x = state->x, *const wide = state->wide, *const e = state->exponents;
-    int8_t *const codes = state->codes;
+    int16_t *const codes = state->codes;
     int32_t i, layer, t;
     for (i = 0; i < count * width; i++)
         x[i] = 0;
@@ -313,10 +327,14 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
             e[t] = norm(state, &m->ln_1, layer, x + t * width, codes + t * width);
         linear(&m->c_attn, layer, 3 * width, width, scales, codes, e, count, HEAD_BITS, wide);
         for (t = 0; t < count; t++) {
-            const int32_t *query = wide + t * 3 * width;
-            remember(state, layer, first + t, query + width, query + 2 * width);
-            e[t] = attend(state, layer, first + t, query, codes + t * width);
+            const int32_t *key = wide + t * 3 * width + width;
+            remember(state, layer, first + t, key, state->keys, state->key_exponents);
+            remember(state, layer, first + t, key + width, state->values, state->value_exponents);
         }
+        if (layer + 1 == m->n_layer && rows == 0)
+            break; /* what comes after is for logits alone */
+        for (t = 0; t < count; t++)
+            e[t] = attend(state, layer, first + t, wide + t * 3 * width, codes + t * width);
         linear(&m->attn_c_proj, layer, width, width, scales, codes, e, count, RESIDUAL_BITS, wide);
         add(x, wide, count * width);
         for (t = 0; t < count; t++)
@@ -336,12 +354,15 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
 
 /* ---- a text ---- */
 
-size_t picogpt_memory_words(const picogpt_model *m, int32_t chunk)
+void picogpt_memory(const picogpt_model *m, int32_t chunk, size_t lengths[3])
 {
-    return PICOGPT_MEMORY_WORDS(m->n_layer, m->n_head, m->n_embd, m->n_hidden, m->block_size, m->vocab_size, chunk);
+    lengths[0] = PICOGPT_WORDS(m->n_head, m->n_embd, m->n_hidden, m->block_size, m->vocab_size, chunk);
+    lengths[1] = PICOGPT_HALVES(m->n_embd, m->n_hidden, chunk);
+    lengths[2] = PICOGPT_BYTES(m->n_layer, m->n_head, m->n_embd, m->block_size);
 }
 
-void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *memory, int32_t chunk)
+void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, int16_t *halves, int8_t *bytes,
+                  int32_t chunk)
 {
     const size_t positions = (size_t)m->n_layer * (size_t)m->block_size, width = (size_t)m->n_embd;
     const size_t heads = positions * (size_t)m->n_head;
@@ -354,7 +375,7 @@ void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *memory,
     for (i = 0; i < state->root_bits; i++)
         square <<= 2;
     state->root = (int32_t)isqrt(square);
-    state->x = memory;
+    state->x = words;
     state->wide = state->x + (size_t)chunk * width;
     state->exponents = state->wide + (size_t)chunk * (size_t)larger(3 * m->n_embd, m->n_hidden);
     state->heads = state->exponents + chunk;
@@ -362,9 +383,9 @@ void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *memory,
     state->logits = state->head_exponents + m->n_head;
     state->scores = state->logits + m->vocab_size;
     state->ids = state->scores + m->block_size;
-    state->codes = (int8_t *)(state->ids + m->block_size);
+    state->codes = halves;
     state->query = state->codes + (size_t)chunk * (size_t)m->n_hidden;
-    state->keys = state->query + width;
+    state->keys = bytes;
     state->values = state->keys + positions * width;
     state->key_exponents = state->values + positions * width;
     state->value_exponents = state->key_exponents + heads;
