@@ -23,7 +23,8 @@ TO = flags.DEFINE_enum(
     ["torch", "torch-int8", "huggingface", "gguf", "onnx", "c", "checkpoint"],
     "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
     "float with its tokenizer; gguf: a file for llama.cpp, Q8_0; onnx: an int8 folder for ONNX Runtime, with Optimum's "
-    "names; c: an int8 folder of integer arithmetic as a program in C; checkpoint: a workdir to train further, of any model.",
+    "names; c: an int8 folder of integer arithmetic as a program in C; checkpoint: a workdir to train further, of any "
+    "model.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."

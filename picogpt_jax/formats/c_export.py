@@ -66,9 +66,7 @@ def logits_digest(model: IntegerModel) -> int:
 def _header(model: IntegerModel, digest: int, in_a_file: bool) -> Iterator[str]:
     """The lines of model.h."""
     members = sizes(model)
-    step = model.training.get("step")
-    about = f", step {step}" if isinstance(step, int) else ""
-    yield f"/* A model of picogpt_jax: {model.model.n_parameters:,} parameters{about}. One file of a program includes it. */"
+    yield f"/* A model of picogpt_jax: {model.model.n_parameters:,} parameters. One file of a program includes it. */"
     yield from ("#ifndef PICOGPT_MODEL_H", "#define PICOGPT_MODEL_H", "", '#include "picogpt.h"', "")
     yield f"#define PICOGPT_VOCAB_SIZE {model.model.vocab_size}"
     yield f"#define PICOGPT_DIGEST 0x{digest:08x}u"

@@ -1,4 +1,4 @@
-"""C: the integer model as `picogpt.h` holds it, its tensors of all layers one after the other, as arrays or as a file."""
+"""C: the integer model as `picogpt.h` holds it: the tensors of all layers one after the other, as arrays or a file."""
 
 from pathlib import Path
 from typing import Any
