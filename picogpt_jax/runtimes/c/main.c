@@ -206,10 +206,12 @@ static const picogpt_model *load(const char *program)
     const size_t folder = slash ? (size_t)(slash - program) + 1 : 0;
     char *path = (char *)allocate(folder + sizeof PICOGPT_WEIGHTS_FILE);
     size_t length, lengths[3];
+    const unsigned char *bytes;
     int fits;
     memcpy(path, program, folder);
     strcpy(path + folder, PICOGPT_WEIGHTS_FILE);
-    fits = picogpt_open(&model, read_file(path, &length), length) && model.digest == PICOGPT_DIGEST &&
+    bytes = read_file(path, &length);
+    fits = picogpt_open(&model, bytes, length) && model.digest == PICOGPT_DIGEST &&
            model.vocab_size == PICOGPT_VOCAB_SIZE;
     if (fits) {
         picogpt_memory(&model, PICOGPT_CHUNK, lengths);
@@ -237,7 +239,8 @@ int main(int count, char **arguments)
     const char *start = 0, *value;
     uint32_t num_samples = 1, max_new_tokens = 500, sample, index;
     const int32_t *prompt = picogpt_default_prompt;
-    int32_t length = sizeof picogpt_default_prompt / sizeof *picogpt_default_prompt, i;
+    int32_t length = sizeof picogpt_default_prompt / sizeof *picogpt_default_prompt, *ids = 0, i;
+    unsigned char *file = 0;
     int self_test = 0, at;
     const picogpt_model *model;
     picogpt_state state;
@@ -278,9 +281,8 @@ int main(int count, char **arguments)
     if (start) {
         const unsigned char *text = (const unsigned char *)start;
         size_t bytes = strlen(start);
-        int32_t *ids;
         if (!strncmp(start, "FILE:", 5)) {
-            text = read_file(start + 5, &bytes);
+            text = file = read_file(start + 5, &bytes);
             if (bytes >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) {
                 text += 3;
                 bytes -= 3;
@@ -310,5 +312,7 @@ int main(int count, char **arguments)
     }
     if (fflush(stdout) || ferror(stdout))
         fail("cannot write to the standard output", "", "; send it elsewhere");
+    free(ids);
+    free(file);
     return 0;
 }
