@@ -20,10 +20,11 @@ OUTPUT = cli.DEFINE_path("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["torch", "torch-int8", "huggingface", "gguf", "onnx", "checkpoint"],
+    ["torch", "torch-int8", "huggingface", "gguf", "onnx", "c", "checkpoint"],
     "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
     "float with its tokenizer; gguf: a file for llama.cpp, Q8_0; onnx: an int8 folder for ONNX Runtime, with Optimum's "
-    "names; checkpoint: a workdir to train further, of any model.",
+    "names; c: an int8 folder of integer arithmetic as a program in C; checkpoint: a workdir to train further, of any "
+    "model.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
@@ -156,6 +157,20 @@ def to_onnx() -> None:
     print(f"wrote {OUTPUT.value}: {sources.ONNX_FILE} of {size:,} bytes, int8, with its tokenizer")
 
 
+def to_c() -> None:
+    from picogpt_jax.formats.c_export import save_c
+
+    model = sources.load_int8(INPUT.value)
+    if not isinstance(model, IntegerModel):
+        make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
+        raise UserError(
+            f"{INPUT.value} computes in floats between its products, and C in integers; make one with: {make}"
+        )
+    files = save_c(model, OUTPUT.value)
+    size = (Path(OUTPUT.value) / files[-1]).stat().st_size
+    print(f"wrote {OUTPUT.value}: a program in C with its model in {files[-1]} of {size:,} bytes; build it with: make")
+
+
 def loss(model: Int8Model) -> float:
     from picogpt_jax.runtimes.torch_model import Int8GPT
     from picogpt_jax.text.batches import Tokens
@@ -173,6 +188,7 @@ FORMATS = {
     "huggingface": to_huggingface,
     "gguf": to_gguf,
     "onnx": to_onnx,
+    "c": to_c,
     "checkpoint": to_checkpoint,
 }
 

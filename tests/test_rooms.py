@@ -14,7 +14,7 @@ ROOMS = [
     *["text", "devices", "kernels", "model", "training"],
     *["int8", "runtimes", "formats", "planning", "benchmarks"],
 ]
-RUNTIMES = ["jax", "numpy", "torch", "onnx", "llama_cpp"]  # what a runtime's files begin with
+RUNTIMES = ["jax", "numpy", "torch", "onnx", "llama_cpp", "c_"]  # what a runtime's files begin with
 ONE_FILE = {"aqt": "model/quantization.py", "orbax": "training/orbax_io.py"}  # libraries that one file alone imports
 
 
