@@ -180,9 +180,10 @@ static void activate(int32_t *u, int32_t count, int32_t is_relu)
         return;
     }
     for (i = 0; i < count; i++) {
-        const int32_t h = clip(u[i], 32767), t = 640 - smaller(magnitude(h), 640);
-        const int32_t near_one = 256 - shift(shift(t * t, 8) * 591, 12);
-        u[i] = shift(h * 256 + magnitude(h) * near_one, 7);
+        const int32_t h = clip(u[i], 32767), a = smaller(magnitude(h), 1024);
+        const int32_t p = 4096 - ((a * (3276 + ((a * (4220 - ((a * 3908) >> 10))) >> 10))) >> 10);
+        const int32_t square = (p * p) >> 12;
+        u[i] = 4 * larger(h, 0) - ((a * ((square * square) >> 12) + 1024) >> 11);
     }
 }
 
