@@ -22,6 +22,7 @@ except ImportError as error:
 
 LARGEST_ROW = 1 << 15  # of numbers that have a factor in common
 EXPONENT = 0x7F800000  # the bits of a float32's exponent
+LARGEST_HIDDEN, FLAT = 32767, 1024  # of a GELU: the largest input, and where it is the identity or 0
 
 
 @functools.lru_cache(None, typed=True)
@@ -82,16 +83,20 @@ def exponent_of(power: Tensor) -> Tensor:
     return torch.bitwise_right_shift(power.view(torch.int32), number(23)).sub_(number(127))
 
 
+@functools.lru_cache(8)
+def gelu_table(device: torch.device) -> Tensor:
+    """GELU of -1024 to 32767, from 8 fraction bits to 10: to look it up takes half the time of computing it."""
+    h = torch.arange(-FLAT, LARGEST_HIDDEN + 1, device=device)
+    a = h.abs().clamp(max=FLAT)
+    p = 4096 - ((a * (3276 + ((a * (4220 - ((a * 3908) >> 10))) >> 10))) >> 10)
+    square = (p * p) >> 12
+    return (4 * h.clamp(min=0) - ((a * ((square * square) >> 12) + 1024) >> 11)).float()
+
+
 def gelu(u: Tensor) -> Tensor:
     """From 8 fraction bits to 10."""
-    half, h = halves(u.device)[0], u.clamp_(-32767, 32767)
-    a = h.abs().clamp_max_(1024).mul_(number(2.0**-10))
-    p = a.mul(number(3908.0)).floor_()
-    p = torch.sub(number(4220.0), p, out=p).mul_(a).floor_().add_(number(3276.0)).mul_(a).floor_()
-    p = torch.sub(number(4096.0), p, out=p).mul_(number(2.0**-6)).square_().floor_()
-    p.mul_(number(2.0**-6)).square_().floor_()
-    below = torch.addcmul(half, a, p, value=0.5, out=p).floor_()
-    return h.clamp_min_(0).mul_(number(4.0)).sub_(below)
+    index = u.clamp_(-FLAT, LARGEST_HIDDEN).add_(number(float(FLAT))).to(torch.int32)
+    return gelu_table(u.device).index_select(0, index.view(-1)).view(u.shape)
 
 
 @functools.lru_cache(256)
