@@ -138,9 +138,9 @@ def bar_chart(name: str, title: str, description: str, rows: Sequence[TensorRepo
         top = TOP + ROW * index + 4
         parts.append(_text(NAMES - 8, top + 14, short_name(row.name), "end", "0.35em"))
         bars = [("weights", row.sqnr_db, top), ("products", row.product_db, top + 14)]
-        for kind, value, y in bars:
-            if value is not None:
-                width = round(at_x(value) - NAMES, 1)
+        for kind, ratio, y in bars:
+            if ratio is not None:
+                width = round(at_x(ratio) - NAMES, 1)
                 parts.append(f'<rect class="{kind}" x="{NAMES}" y="{y}" width="{width}" height="12"/>')
         shown = row.sqnr_db if row.product_db is None else row.product_db
         end = max(at_x(value) for _, value, _ in bars if value is not None)

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from picogpt_jax.benchmarks.run_charts import (
@@ -105,7 +104,7 @@ def _facts(runs: Runs) -> str:
         steps = int(max(curve[0].max() for curve in (history.train, history.val) if curve.size))
         smaller = 4 * measured.n_parameters / measured.n_bytes
         facts = [
-            ("Data", Path(history.config.data.dir).name or "not named", ""),
+            ("Data", history.dataset, ""),
             ("Parameters", f"{measured.n_parameters:,}", ""),
             ("Steps", f"{steps:,}", f"of {history.config.train.max_iters:,}, {_training(history)}"),
         ]

@@ -1,4 +1,4 @@
-"""What a training report shows of a run: its history, as it was written down, and what its model does, computed here."""
+"""What a training report shows of a run: its history, as it was written, and what its model does, computed here."""
 
 import dataclasses
 import math
@@ -28,6 +28,7 @@ from picogpt_jax.training.metrics import METRICS_FILE, read_metrics
 from picogpt_jax.training.plot import Curve, loss_curves
 
 SAMPLING = Sampling(max_new_tokens=500, temperature=0.8, seed=1337)  # the defaults of scripts/sample.py
+FLOAT = "float parameters"  # the form that others are compared with
 EXAMPLE_TOKENS = 1024  # whose products are compared, as in scripts/quantize.py
 MARK = '<meta name="generator" content="picogpt_jax report">'  # of a file that a new report may replace
 MARK_WITHIN = 1000  # first bytes of such a file
@@ -55,6 +56,11 @@ class History:
     unit: str
     bits: float
     changes: list[tuple[int, str]]
+
+    @property
+    def dataset(self) -> str:
+        """What quantize.py calls it."""
+        return Path(self.config.data.dir).name or self.workdir.resolve().name
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -101,9 +107,7 @@ def read_history(workdir: str | os.PathLike[str], name: str) -> History:
     """
     workdir = Path(workdir)
     if not (workdir / FOLDER).is_dir():
-        raise UserError(
-            f"{workdir} is not a workdir of scripts/train.py: it has no folder {FOLDER}/; give one that has"
-        )
+        raise UserError(f"{workdir} is no workdir of scripts/train.py: it has no folder {FOLDER}/; give one that has")
     with errors_in(workdir / "config.json"):
         config = Config.from_dict(read_json(workdir / "config.json"))
     events = read_metrics(workdir / METRICS_FILE)
@@ -157,13 +161,21 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
     prompt_1T = source.vocabulary.encode(prompt, "--start")[None]
     ids = validation_ids(source)
     tokens_BT, text = example(source, ids)
-    parts = (source.config, source.quant, source.params, source.vocabulary, {}, source.qat, tokens_BT)
-    model, rows = convert.quantized(*parts, source.quant.arithmetic)
+    model, rows = convert.quantized(
+        source.config,
+        source.quant,
+        source.params,
+        source.vocabulary,
+        {"step": source.step, "val_loss": source.val_loss, "dataset": history.dataset},
+        source.qat,
+        tokens_BT,
+        source.quant.arithmetic,
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_int8_model(model, Path(folder) / "int8")
         n_bytes = file_bytes(Path(folder) / "int8")
 
-    forms = {"float parameters": lambda: JaxGPT.from_params(source.config, source.params)}
+    forms = {FLOAT: lambda: JaxGPT.from_params(source.config, source.params)}
     if source.qat:
         trained = GPT(source.config, Numerics(source.quant, "train"))
         forms["QAT forward pass"] = lambda: JaxGPT(trained, {"params": source.params})
