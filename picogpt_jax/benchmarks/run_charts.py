@@ -14,7 +14,7 @@ import numpy as np
 from picogpt_jax.int8.convert import BAD_DB, TensorReport
 from picogpt_jax.training.plot import Curve
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 64, 64, 32, 36  # of a chart of lines, in its own units
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 84, 64, 32, 36  # of a chart of lines, in its own units
 NAMES, VALUES, ROW = 200, 60, 36  # of a chart of bars: left of them, right of them, height of a matrix's two
 MOST_POINTS = 500  # of a line: more than a screen shows
 MARKERS = (  # paths around 0, one for each run
@@ -37,7 +37,7 @@ class Line:
     name: str
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """At most `most` + 1 round numbers from `low` to `high`, which differ by 1, 2 or 5 times a power of ten."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -80,8 +80,9 @@ def line_chart(
         labels: above the left and the right axis.
         right_unit: how much of the left axis's unit is one of the right's; None: there is no right axis.
     """
-    (low, high), last = limits, max((float(line.curve[0].max()) for line in lines), default=0) or 1.0
+    (low, high), last = limits, max((float(line.curve[0].max(initial=0)) for line in lines), default=0.0) or 1.0
     right, bottom = WIDTH - RIGHT, height - BOTTOM
+    most = (bottom - TOP) // 30  # labels of an axis
 
     def at_x(step: float) -> float:
         return round(LEFT + (right - LEFT) * step / last, 1)
@@ -90,14 +91,14 @@ def line_chart(
         return round(bottom - (bottom - TOP) * (value - low) / (high - low), 1)
 
     parts = [_text(0, 0, labels[0], "start", "0.9em")]
-    for value in ticks(low, high):
+    for value in ticks(low, high, most):
         parts.append(f'<path class="grid" d="M{LEFT},{at_y(value)}H{right}"/>')
         parts.append(_text(LEFT - 8, at_y(value), f"{value:g}", "end", "0.35em"))
     if right_unit is not None:
         parts.append(_text(WIDTH, 0, labels[1], "end", "0.9em"))
         parts += [
             _text(right + 8, at_y(value * right_unit), f"{value:g}", "start", "0.35em")
-            for value in ticks(low / right_unit, high / right_unit)
+            for value in ticks(low / right_unit, high / right_unit, most)
         ]
     for value in filter(float.is_integer, ticks(0, last, 5)):
         parts.append(_text(at_x(value), bottom + 4, f"{value:,.0f}" if value else "step 0", "middle", "1.1em"))
@@ -137,14 +138,12 @@ def bar_chart(name: str, title: str, description: str, rows: Sequence[TensorRepo
     for index, row in enumerate(rows):
         top = TOP + ROW * index + 4
         parts.append(_text(NAMES - 8, top + 14, short_name(row.name), "end", "0.35em"))
-        bars = [("weights", row.sqnr_db, top), ("products", row.product_db, top + 14)]
-        for kind, ratio, y in bars:
+        for kind, ratio, y, thick in (("weights", row.sqnr_db, top, 10), ("products", row.product_db, top + 12, 14)):
             if ratio is not None:
                 width = round(at_x(ratio) - NAMES, 1)
-                parts.append(f'<rect class="{kind}" x="{NAMES}" y="{y}" width="{width}" height="12"/>')
-        shown = row.sqnr_db if row.product_db is None else row.product_db
-        end = max(at_x(value) for _, value, _ in bars if value is not None)
-        parts.append(_text(end + 6, top + 14, decibels(shown), "start", "0.35em"))
+                parts.append(f'<rect class="{kind}" x="{NAMES}" y="{y}" width="{width}" height="{thick}"/>')
+                if kind == "products":
+                    parts.append(_text(NAMES + width + 6, y + thick / 2, decibels(ratio), "start", "0.35em"))
     return _svg(name, title, description, bottom + 4, parts)
 
 

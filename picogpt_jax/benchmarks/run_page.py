@@ -181,7 +181,9 @@ def _losses(runs: Runs) -> str:
             [form, f"{loss:.5f}", f"{loss * history.bits:.4f}", "" if form == FLOAT else f"{loss - exact:+.5f}"]
             for form, loss in measured.losses.items()
         ]
-        caption = f"{measured.targets:,} targets of the validation text; checkpoint of step {measured.step:,}"
+        count, there = measured.targets
+        which = "all" if count == there else f"the first {count:,} of"
+        caption = f"Loss on {which} {there:,} targets of the validation text; checkpoint of step {measured.step:,}"
         parts.append(_table(caption, ["form of the model", "nats per token", history.unit, "above float, nats"], rows))
     return _section("What int8 costs", *parts)
 

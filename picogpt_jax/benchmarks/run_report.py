@@ -82,7 +82,7 @@ class Measurement:
         rows: the error of each int8 matrix.
         text: what the products of `rows` were computed on.
         losses: form of the model -> nats per token; empty where the data are not at hand.
-        targets: of the losses.
+        targets: of the losses; and how many the validation text has.
         samples: form of the model -> what it wrote after the prompt.
     """
 
@@ -94,7 +94,7 @@ class Measurement:
     rows: list[convert.TensorReport]
     text: str
     losses: dict[str, float]
-    targets: int
+    targets: tuple[int, int]
     prompt: str
     samples: dict[str, str]
 
@@ -197,7 +197,7 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
         rows=rows,
         text=text,
         losses=losses,
-        targets=0 if shown is None else len(shown) - 1,
+        targets=(0, 0) if shown is None or ids is None else (len(shown) - 1, len(ids) - 1),
         prompt=prompt,
         samples=samples,
     )
