@@ -15,7 +15,7 @@ from picogpt_jax.int8.convert import BAD_DB, TensorReport
 from picogpt_jax.training.plot import Curve
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 84, 64, 32, 36  # of a chart of lines, in its own units
-NAMES, VALUES, ROW = 200, 60, 36  # of a chart of bars: left of them, right of them, height of a matrix's two
+NAMES, VALUES, ROW = 200, 60, 40  # of a chart of bars: left of them, right of them, height of a matrix's two
 MOST_POINTS = 500  # of a line: more than a screen shows
 MARKERS = (  # paths around 0, one for each run
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -137,8 +137,8 @@ def bar_chart(name: str, title: str, description: str, rows: Sequence[TensorRepo
         parts.append(_text(at_x(value), 0, str(value), "middle", "0.9em"))
     for index, row in enumerate(rows):
         top = TOP + ROW * index + 4
-        parts.append(_text(NAMES - 8, top + 14, short_name(row.name), "end", "0.35em"))
-        for kind, ratio, y, thick in (("weights", row.sqnr_db, top, 10), ("products", row.product_db, top + 12, 14)):
+        parts.append(_text(NAMES - 8, top + 15, short_name(row.name), "end", "0.35em"))
+        for kind, ratio, y, thick in (("weights", row.sqnr_db, top, 10), ("products", row.product_db, top + 13, 16)):
             if ratio is not None:
                 width = round(at_x(ratio) - NAMES, 1)
                 parts.append(f'<rect class="{kind}" x="{NAMES}" y="{y}" width="{width}" height="{thick}"/>')
