@@ -145,9 +145,11 @@ def _curves(histories: Sequence[History]) -> str:
         words.append(f"{history.name}: training loss from {first} to {last}, validation loss {best}.")
     limits = loss_limits((history.train, history.val) for history in histories)
     highest = max([float(line.curve[1].max()) for line in rates if line.curve.size], default=0.0) or 1.0
-    labels = ("nats per token", histories[0].unit)
+    units = {(history.unit, round(history.bits, 3)) for history in histories}
+    (unit, bits), *others = units  # runs on texts of other tokens share no axis of bits
     title, rate_title = "Training and validation loss against the step", "Learning rate against the step"
-    losses = line_chart("losses", title, " ".join(words), lines, limits, labels, 1 / histories[0].bits)
+    labels, right_unit = ("nats per token", "" if others else unit), None if others else 1 / bits
+    losses = line_chart("losses", title, " ".join(words), lines, limits, labels, right_unit)
     rate = line_chart(
         "rates", rate_title, f"At most {highest:.3g}.", rates, (0.0, 1.05 * highest), ("learning rate", ""), None, 130
     )
@@ -190,8 +192,8 @@ def _losses(runs: Runs) -> str:
 
 def _quantization(runs: Runs) -> str:
     parts = [
-        "<p>How much of each matrix survives int8: the signal-to-noise ratio of its weights, and of its products with "
-        "int8 activations. Higher is better; 20 dB is an error of a tenth, 40 dB of a hundredth.</p>"
+        "<p>How much of each matrix survives int8: the signal-to-noise ratio of its weights, and of its products as "
+        "int8 models compute them. Higher is better; 20 dB is an error of a tenth, 40 dB of a hundredth.</p>"
         '<ul class="legend"><li><span class="box"></span>weights</li><li><span class="box light"></span>products; '
         "the number is theirs</li></ul>"
     ]
@@ -233,6 +235,9 @@ def _samples(runs: Runs) -> str:
     ]
     for style, (_, measured) in enumerate(runs):
         texts = list(measured.samples.items())
+        if not texts:
+            parts.append(f"{_run_heading(runs, style)}<p>No samples: its token ids stand for no text.</p>")
+            continue
         figures = []
         for index, (form, text) in enumerate(texts):
             equal = next((other for other, earlier in texts[:index] if earlier == text), None)

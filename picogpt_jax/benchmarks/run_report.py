@@ -23,6 +23,7 @@ from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.runtimes.jax_model import JaxGPT
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
+from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training.checkpoint import FOLDER
 from picogpt_jax.training.metrics import METRICS_FILE, read_metrics
 from picogpt_jax.training.plot import Curve, loss_curves
@@ -83,7 +84,7 @@ class Measurement:
         text: what the products of `rows` were computed on.
         losses: form of the model -> nats per token; empty where the data are not at hand.
         targets: of the losses; and how many the validation text has.
-        samples: form of the model -> what it wrote after the prompt.
+        samples: form of the model -> what it wrote after the prompt; empty where the token ids stand for no text.
     """
 
     step: int
@@ -157,8 +158,9 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
         UserError: there is no checkpoint, it is damaged, or the vocabulary lacks a character of `start`.
     """
     source = sources.load_float(history.workdir)
-    prompt = source.vocabulary.default_prompt if start is None else start
-    prompt_1T = source.vocabulary.encode(prompt, "--start")[None]
+    writes = start is not None or not isinstance(source.vocabulary, TokenIds)
+    prompt = (source.vocabulary.default_prompt if start is None else start) if writes else ""
+    prompt_1T = source.vocabulary.encode(prompt, "--start")[None] if writes else None
     ids = validation_ids(source)
     tokens_BT, text = example(source, ids)
     model, rows = convert.quantized(
@@ -186,8 +188,9 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
         engine = engine_of()
         if shown is not None:
             losses[form] = engine.loss(shown)
-        written = np.concatenate([piece_1N[0] for piece_1N in engine.pieces(prompt_1T, SAMPLING)])
-        samples[form] = source.vocabulary.decode(written)
+        if prompt_1T is not None:
+            written = np.concatenate([piece_1N[0] for piece_1N in engine.pieces(prompt_1T, SAMPLING)])
+            samples[form] = source.vocabulary.decode(written)
     return Measurement(
         step=source.step,
         n_parameters=source.config.n_parameters,

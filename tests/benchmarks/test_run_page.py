@@ -112,6 +112,12 @@ def test_a_line_break_that_differs_can_be_seen() -> None:
     assert page.texts["mark"] == ["\u23ce\n"]
 
 
+def test_token_ids_without_a_text_have_no_samples() -> None:
+    page = parsed(HISTORY, measurement=dataclasses.replace(MEASUREMENT, prompt="", samples={}))
+    assert "No samples: its token ids stand for no text." in page.texts["p"]
+    assert "pre" not in page.texts
+
+
 def test_losses_stand_beside_those_of_the_float_parameters() -> None:
     page = parsed(HISTORY)
     assert "Loss on the first 399 of 400 targets of the validation text; checkpoint of step 4" in page.texts["caption"]
@@ -139,6 +145,12 @@ def test_several_runs_are_overlaid() -> None:
     drawn = {values["class"]: values["d"] for tag, values in page.found if tag == "path" and "class" in values}
     assert len(re.findall("[ML]", drawn["val r1"] or "")) == VAL.shape[1]
     assert len(re.findall("[ML]", drawn["smooth r0"] or "")) == TRAIN.shape[1]
+
+
+def test_runs_of_other_tokens_share_no_axis_of_bits() -> None:
+    assert parsed(HISTORY, OTHER).texts["text"].count("bits per character") == 1
+    tokens = dataclasses.replace(OTHER, unit="bits per token")
+    assert not any("bits" in text for text in parsed(HISTORY, tokens).texts["text"])
 
 
 def test_what_differs_in_the_configuration_is_shown() -> None:
