@@ -75,13 +75,13 @@ def loss_figure(metrics: Metrics | Mapping[str, Metrics], title: str) -> Any:
     with styled_figure(9, 5) as figure:
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-        curves = {label: _curves(run, label) for label, run in runs.items()}
+        curves = {label: loss_curves(run, label) for label, run in runs.items()}
         axes: Any = figure.subplots()
         for index, (label, (train, val)) in enumerate(curves.items()):
             colour = COLOURS[index % len(COLOURS)]  # a run's own; a single run has one for each of its curves
             _draw_train(axes, train, label, colour, alone=len(curves) == 1)
             _draw_val(axes, val, label, COLOURS[1] if len(curves) == 1 else colour)
-        axes.set(title=title, xlabel="step", ylabel="loss (nats per token)", ylim=_limits(curves.values()))
+        axes.set(title=title, xlabel="step", ylabel="loss (nats per token)", ylim=loss_limits(curves.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.margins(x=0.01)
@@ -122,7 +122,7 @@ def smooth(losses: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]
     return np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
 
 
-def _curves(run: Metrics, label: str) -> tuple[Curve, Curve]:
+def loss_curves(run: Metrics, label: str) -> tuple[Curve, Curve]:
     """The training and the validation loss; a loss that was not finite (null) is left out."""
     events = read_metrics(run) if isinstance(run, str | os.PathLike) else run
     train, val = (
@@ -134,7 +134,7 @@ def _curves(run: Metrics, label: str) -> tuple[Curve, Curve]:
     return train.reshape(-1, 2).T, val.reshape(-1, 2).T
 
 
-def _limits(curves: Iterable[tuple[Curve, Curve]]) -> tuple[float, float]:
+def loss_limits(curves: Iterable[tuple[Curve, Curve]]) -> tuple[float, float]:
     """The range of the losses, without the first steep steps of each run."""
     shown = []
     for train, val in curves:
