@@ -503,6 +503,18 @@ int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sa
     return token;
 }
 
+void picogpt_generate(picogpt_state *state, const picogpt_sampling *sampling, uint32_t stream, uint32_t index,
+                      int32_t *ids, int32_t length, int32_t count, int32_t slides)
+{
+    for (; count > 0; count--, index++, length++) {
+        if (index == 0 || (slides && state->position == state->model->block_size))
+            picogpt_start(state, ids, length);
+        else
+            picogpt_next(state, ids[length - 1]);
+        ids[length] = picogpt_draw(state->logits, state->model->vocab_size, sampling, stream, index);
+    }
+}
+
 /* ---- the test of itself, and models in a file ---- */
 
 static uint32_t hashed(uint32_t hash, uint32_t word)
