@@ -55,9 +55,9 @@ class Text(State):
 
     def __init__(self, library: ctypes.CDLL, weights: Weights, chunk: int) -> None:
         super().__init__()
-        lengths = (ctypes.c_size_t * 3)()
+        lengths = (ctypes.c_size_t * 2)()
         library.picogpt_memory(weights.model, chunk, lengths)
-        self._memory = [aligned(length * size) for length, size in zip(lengths, (4, 2, 1), strict=True)]
+        self._memory = [aligned(length * size) for length, size in zip(lengths, (4, 1), strict=True)]
         self._weights = weights
         pointers = [array.ctypes.data for array in self._memory]
         library.picogpt_init(ctypes.byref(self), weights.model, *pointers, chunk)
@@ -179,7 +179,7 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(path))
         found.picogpt_open.argtypes = (pointer, pointer, size)
         found.picogpt_memory.argtypes = (pointer, number, pointer)
-        found.picogpt_init.argtypes = (pointer, pointer, pointer, pointer, pointer, number)
+        found.picogpt_init.argtypes = (pointer, pointer, pointer, pointer, number)
         found.picogpt_forward.argtypes = (pointer, pointer, number, pointer, number)
         found.picogpt_generate.argtypes = (pointer, pointer, word, word, pointer, number, number, number)
         found.picogpt_digest.argtypes, found.picogpt_digest.restype = (pointer,), word
