@@ -11,7 +11,8 @@ enum {
     GELU_BITS = 8,
     OFFSET = 128,   /* of codes of activations */
     NEVER = -10000, /* below every exponent */
-    LANES = 8       /* values that are added up side by side */
+    LANES = 8,      /* values that are added up side by side */
+    ROWS = 16       /* of a matrix, that several vectors meet in turn */
 };
 
 /* ---- integers ---- */
@@ -110,6 +111,15 @@ static inline int32_t dot(const int8_t *restrict row, const uint8_t *restrict co
 
 /* ---- the parts of the model ---- */
 
+/* The products of one vector of codes and some rows, which stay in a processor's cache for the next vector. */
+static void products(int32_t *restrict y, const int8_t *restrict weights, int32_t rows, const uint8_t *restrict codes,
+                     int32_t columns)
+{
+    int32_t o;
+    for (o = 0; o < rows; o++, weights += columns)
+        y[o] = PICOGPT_DOT(weights, codes, columns);
+}
+
 /* y [count, rows] of codes [count, columns] with their exponents e [count]. */
 static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, int32_t columns, int32_t is_per_channel,
                    const uint8_t *restrict codes, const int32_t *restrict e, int32_t count, int32_t fraction_bits,
@@ -121,9 +131,9 @@ static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, in
     const int32_t *restrict biases = matrix->biases ? matrix->biases + row : 0;
     const int32_t *restrict sums = matrix->sums + row;
     int32_t o, t;
-    for (o = 0; o < rows; o++, weights += columns)
+    for (o = 0; o < rows; o += ROWS, weights += ROWS * columns)
         for (t = 0; t < count; t++)
-            y[t * rows + o] = PICOGPT_DOT(weights, codes + t * columns, columns);
+            products(y + t * rows + o, weights, smaller(rows - o, ROWS), codes + t * columns, columns);
     for (t = 0; t < count; t++, y += rows) {
         const int32_t s = -(e[t] + fraction_bits);
         if (is_per_channel)
@@ -255,7 +265,7 @@ static void mix(int32_t *restrict o, const int32_t *restrict weights, const uint
     int32_t sums[LANES] = {0}, i, j;
     for (j = 0; j < keys; j++, values += size)
         for (i = 0; i < LANES; i++)
-            sums[i] += weights[j] * (values[i] - OFFSET);
+            sums[i] += weights[j] * values[i];
     for (i = 0; i < LANES; i++)
         o[i] = sums[i];
 }
@@ -270,13 +280,17 @@ static int32_t attend(const picogpt_state *state, int32_t layer, int32_t positio
         const size_t offset = head_offset(model, layer, h);
         const uint8_t *restrict value = state->values + offset * (size_t)size;
         int32_t *restrict o = state->heads + h * size;
-        int32_t top, n, sum_bits, narrow, r, largest;
+        int32_t excess = 0, top, n, sum_bits, narrow, r, largest;
         const int32_t sum = weigh(state, offset, query + h * size, size, position + 1, &top);
+        for (j = 0; j <= position; j++)
+            excess += OFFSET * state->scores[j];
         for (i = 0; i + LANES <= size; i += LANES)
             mix(o + i, state->scores, value + i, position + 1, size);
         for (; i < size; i++)
             for (o[i] = 0, j = 0; j <= position; j++)
-                o[i] += state->scores[j] * (value[j * size + i] - OFFSET);
+                o[i] += state->scores[j] * value[j * size + i];
+        for (i = 0; i < size; i++)
+            o[i] -= excess;
         n = larger(bits((uint32_t)largest_magnitude(o, size)) - 15, 0);
         sum_bits = bits((uint32_t)sum) - 8;
         narrow = shift(sum, sum_bits);
