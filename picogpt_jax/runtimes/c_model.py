@@ -80,7 +80,10 @@ class CGPT:
         logits_BTV = np.empty((batch, 1 if last_only else length, self.vocab_size), np.float32)
 
         def compute(windows: range) -> None:
-            lent = self._idle.pop() if self._idle else self._text()
+            try:
+                lent = self._idle.pop()
+            except IndexError:  # each thread has one
+                lent = self._text()
             for window in windows:
                 lent.position = 0
                 text = cache.texts[window] if cache is not None else lent
