@@ -18,8 +18,8 @@ def load(path: str | os.PathLike[str], runtime: "Runtime" = "auto") -> "Model":
     Args:
         path: a workdir (its best checkpoint, without quantization), an int8 folder, a PyTorch .pt, a Hugging Face
             folder, an ONNX folder, or a GGUF file.
-        runtime: what computes: "jax", "torch", "onnx", "numpy", "llama.cpp"; "auto" takes JAX where there is an
-            accelerator or the parameters are float, and else what answers first.
+        runtime: what computes: "jax", "torch", "onnx", "numpy", "c", "llama.cpp"; "auto" takes JAX where there is
+            an accelerator or the parameters are float, and else what answers first.
 
     Raises:
         UserError: nothing that is known lies there, it is damaged, or the runtime does not take it.

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from picogpt_jax.benchmarks import compare
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
 from picogpt_jax.formats import loading
-from picogpt_jax.int8.folder import load_int8_model
+from picogpt_jax.int8.folder import load_int8_model, stored_version
 from picogpt_jax.int8.int8_model import Int8Model
-from picogpt_jax.int8.integer_model import IntegerModel
+from picogpt_jax.int8.integer_model import INTEGER_VERSION, IntegerModel
 from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import vocabulary_of_data
 
-ALL = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
+ALL = ["jax", "torch", "onnx", "numpy", "c", "llama.cpp"]
 
 MODEL = cli.DEFINE_path("model", None, "An int8 folder.")
 DATA = cli.DEFINE_path("data", None, "Its data: folder with train.bin, val.bin and meta.json.")
@@ -92,16 +91,17 @@ def chosen_runtimes() -> list[str]:
     for name in RUNTIMES.value or []:
         if name not in ALL:
             raise UserError(f"--runtimes: {name!r} is not one of {', '.join(ALL)}")
-        module, extra = loading.EXTRAS.get(name, ("numpy", ""))
-        if find_spec(module) is None:
+        if not loading.is_installed(name):
+            module, extra = loading.EXTRAS[name]
             raise UserError(f"--runtimes={name} needs {module}, which is not installed: pip install '{extra}'")
     if RUNTIMES.value:
         return [name for name in ALL if name in {compare.REFERENCE, *RUNTIMES.value}]
-    missing = [name for name, (module, _) in loading.EXTRAS.items() if find_spec(module) is None]
+    missing = [name for name in loading.EXTRAS if not loading.is_installed(name)]
     for extra in dict.fromkeys(loading.EXTRAS[name][1] for name in missing):
         left_out = ", ".join(name for name in missing if loading.EXTRAS[name][1] == extra)
         print(f"left out: {left_out}; to include it: pip install '{extra}'")
-    return [name for name in ALL if name not in missing]
+    computes_integers = stored_version(MODEL.value) == INTEGER_VERSION
+    return [name for name in ALL if name not in missing and (name != "c" or computes_integers)]
 
 
 def open_ids(model: Int8Model | IntegerModel) -> npt.NDArray[np.uint16]:

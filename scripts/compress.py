@@ -20,7 +20,7 @@ INPUT = cli.DEFINE_path("input", None, "The file to compress, or with --decompre
 OUTPUT = cli.DEFINE_path("output", None, "The file to write.")
 DECOMPRESS = flags.DEFINE_bool("decompress", False, "Bring the content back.")
 RUNTIME = flags.DEFINE_enum(
-    "runtime", "auto", ["auto", "jax", "torch", "onnx", "numpy"], "What computes; any reads the file."
+    "runtime", "auto", ["auto", "jax", "torch", "onnx", "numpy", "c"], "What computes; any reads the file."
 )
 BLOCK_SIZE = flags.DEFINE_integer(
     "block_size",
@@ -35,8 +35,8 @@ def main() -> None:
     if MODEL.value is None or INPUT.value is None or OUTPUT.value is None:
         raise UserError("--model, --input and --output are needed, e.g. --model=INT8 --input=a.txt --output=a.pgz")
     content = read(INPUT.value)
-    runtime = "numpy" if RUNTIME.value == "auto" and Path(MODEL.value, "model.safetensors").is_file() else RUNTIME.value
-    model = loading.load(MODEL.value, runtime)
+    is_folder = RUNTIME.value == "auto" and Path(MODEL.value, "model.safetensors").is_file()
+    model = loading.load(MODEL.value, RUNTIME.value, "cpu" if is_folder else "auto")
     if model.digest is None:
         make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
         raise UserError(f"{MODEL.value} is no model of integer arithmetic; make one with: {make}")

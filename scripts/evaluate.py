@@ -17,8 +17,9 @@ DATA = cli.DEFINE_path("data", None, "Folder with train.bin, val.bin and meta.js
 RUNTIME = flags.DEFINE_enum(
     "runtime",
     "auto",
-    ["auto", "jax", "torch", "onnx", "numpy", "llama.cpp"],
-    "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF. "
+    ["auto", "jax", "torch", "onnx", "numpy", "c", "llama.cpp"],
+    "What computes; torch takes int8 models, numpy int8 folders, c those of integer arithmetic, "
+    "onnx what convert.py --to=onnx wrote, llama.cpp GGUF. "
     "auto: an export's own runtime, else JAX.",
 )
 SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which part of the text.")

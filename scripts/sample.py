@@ -22,8 +22,9 @@ MODEL = cli.DEFINE_path(
 RUNTIME = flags.DEFINE_enum(
     "runtime",
     "auto",
-    ["auto", "jax", "torch", "onnx", "numpy", "llama.cpp"],
-    "What computes; torch takes int8 models, numpy int8 folders, onnx what convert.py --to=onnx wrote, llama.cpp GGUF. "
+    ["auto", "jax", "torch", "onnx", "numpy", "c", "llama.cpp"],
+    "What computes; torch takes int8 models, numpy int8 folders, c those of integer arithmetic, "
+    "onnx what convert.py --to=onnx wrote, llama.cpp GGUF. "
     "auto: JAX with an accelerator or for float parameters, else what answers first.",
 )
 START = flags.DEFINE_string("start", None, "Text to continue, or FILE:path. Default: a line break.")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, scripts_in
 
+from picogpt_jax.runtimes import c_library
+
 FLAGS = [
     *("--config.quant.arithmetic=integer", "--config.mesh.data=1"),
     *(f"--config.model.{item}" for item in ("n_layer=1", "n_head=2", "n_embd=16", "block_size=32")),
@@ -14,6 +16,8 @@ FLAGS = [
     *(f"--config.optimizer.{item}" for item in ("warmup_iters=5", "lr_decay_iters=60")),
 ]
 MODELS = {"jax": "int8", "numpy": "int8", "torch": "int8", "onnx": "onnx"}
+if c_library.compiler() is not None:
+    MODELS["c"] = "int8"
 
 Command = Callable[..., str]
 
@@ -68,7 +72,7 @@ def test_compare_finds_no_difference(command: Command, folder: Path, data_dir: P
 def test_what_one_runtime_compresses_another_brings_back(command: Command, folder: Path) -> None:
     plain = "abcdefghij" * 60 + "Whether 'tis nobler… \U0001f600\r\n"
     (folder / "plain.txt").write_bytes(plain.encode())
-    for name, other in (("jax", "numpy"), ("onnx", "torch")):
+    for name, other in (("jax", "numpy"), ("onnx", "torch"), ("numpy", list(MODELS)[-1])):
         flags = [f"--model={MODELS[name]}", f"--runtime={name}", "--block_size=200"]
         printed = command("compress", *flags, "--input=plain.txt", f"--output={name}.pgz")
         size = (folder / f"{name}.pgz").stat().st_size

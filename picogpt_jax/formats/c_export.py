@@ -76,8 +76,7 @@ def _header(model: IntegerModel, digest: int, in_a_file: bool) -> Iterator[str]:
     yield "#define PICOGPT_MEMORY(chunk) \\"
     yield "    struct { \\"
     yield f"        int32_t words[PICOGPT_WORDS({heads}, {width}, {hidden}, {block_size}, {vocab_size}, chunk)]; \\"
-    yield f"        int16_t halves[PICOGPT_HALVES({width}, {hidden}, chunk)]; \\"
-    yield f"        int8_t bytes[PICOGPT_BYTES({layers}, {heads}, {width}, {block_size})]; \\"
+    yield f"        uint8_t bytes[PICOGPT_BYTES({layers}, {heads}, {width}, {hidden}, {block_size}, chunk)]; \\"
     yield "    }"
     yield from _vocabulary(model)
     if in_a_file:
@@ -89,7 +88,7 @@ def _header(model: IntegerModel, digest: int, in_a_file: bool) -> Iterator[str]:
     yield "static const picogpt_model picogpt_weights = {"
     yield f"    {', '.join(map(str, members.values()))}, PICOGPT_DIGEST,"
     for part in (*MATRICES, *NORMS):
-        parts = ("codes" if part in MATRICES else "mantissas", "exponents", "biases")
+        parts = ("codes", "exponents", "biases", "sums") if part in MATRICES else ("mantissas", "exponents", "biases")
         values = (f"picogpt_{part}_{name}" if f"{part}.{name}" in found else "0" for name in parts)
         yield f"    {{{', '.join(values)}}}, /* {part} */"
     yield from ("};", "", "#endif")

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,21 +18,24 @@ import numpy.typing as npt
 
 from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices.accelerators import Device, has_accelerator
-from picogpt_jax.errors import UserError
+from picogpt_jax.errors import UserError, command
 from picogpt_jax.formats import sources
+from picogpt_jax.int8.folder import stored_version
 from picogpt_jax.int8.int8_model import Int8Model
-from picogpt_jax.int8.integer_model import IntegerModel
+from picogpt_jax.int8.integer_model import INTEGER_VERSION, IntegerModel
+from picogpt_jax.runtimes import c_library
 from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling, checked_tokens
 from picogpt_jax.runtimes.loop import Loop
 from picogpt_jax.text.vocabulary import Vocabulary
 
-Runtime = Literal["auto", "jax", "torch", "onnx", "numpy", "llama.cpp"]
+Runtime = Literal["auto", "jax", "torch", "onnx", "numpy", "c", "llama.cpp"]
 Forward = Literal["float", "trained"]
 
 # What another library than JAX and NumPy computes: runtime -> (the module that it needs, how to install it).
 EXTRAS = {
     "torch": ("torch", "picogpt_jax[torch]"),
     "onnx": ("onnxruntime", "picogpt_jax[onnx]"),
+    "c": ("ziglang", "picogpt_jax[c]"),  # where there is no other C compiler
     "llama.cpp": ("llama_cpp", "picogpt_jax[llama-cpp]"),
 }
 EXPORTS: dict[sources.Kind, Runtime] = {"onnx": "onnx", "gguf": "llama.cpp"}  # what one runtime alone can run
@@ -155,7 +159,8 @@ def load(
     """
     kind = sources.recognise(path)
     if runtime == "auto":
-        runtime = choose_runtime(kind, device, tensor)
+        is_integer = kind == "int8" and stored_version(path) == INTEGER_VERSION
+        runtime = choose_runtime(kind, device, tensor, is_integer)
     if runtime == "jax":
         loaded = _load_jax(path, kind, device, tensor, forward)
     else:
@@ -168,17 +173,27 @@ def load(
     return Model(loaded.config, loaded.vocabulary, description, runtime, loaded.engine, loaded.digest)
 
 
-def choose_runtime(kind: sources.Kind, device: Device = "auto", tensor: int = 1) -> Runtime:
+def is_installed(runtime: str) -> bool:
+    """Whether what the runtime needs is there."""
+    if runtime == "c":
+        return c_library.is_available()
+    return runtime not in EXTRAS or find_spec(EXTRAS[runtime][0]) is not None
+
+
+def choose_runtime(kind: sources.Kind, device: Device = "auto", tensor: int = 1, is_integer: bool = False) -> Runtime:
     """An export's own runtime; JAX for float parameters, for other devices than the CPU and for several.
 
-    Else what answers first: NumPy needs a sixth of PyTorch's time to the first token, and a tenth of JAX's. A PyTorch
-    file takes PyTorch to be read.
+    Else what answers first: NumPy needs a sixth of PyTorch's time to the first token, and a tenth of JAX's; C, for an
+    int8 folder of integer arithmetic (`is_integer`) and where there is a compiler, is as quick to answer and far faster
+    after that. A PyTorch file takes PyTorch to be read.
     """
     if kind in EXPORTS:
         return EXPORTS[kind]
     if kind not in INT8 or tensor > 1 or device in ("gpu", "tpu") or (device == "auto" and has_accelerator()):
         return "jax"
-    return "numpy" if kind == "int8" else "torch"
+    if kind == "torch-int8":
+        return "torch"
+    return "c" if is_integer and is_installed("c") else "numpy"
 
 
 class _Loaded(NamedTuple):
@@ -243,6 +258,16 @@ def _load_numpy(path: str | os.PathLike[str]) -> _Loaded:
     return _int8(Loop(runtime), sources.load_int8(path))
 
 
+def _load_c(path: str | os.PathLike[str]) -> _Loaded:
+    from picogpt_jax.runtimes.c_model import CGPT
+
+    model = sources.load_int8(path)
+    if not isinstance(model, IntegerModel):
+        make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
+        raise UserError(f"{path} is of version 1; --runtime=c computes version 2, integers alone; make it with: {make}")
+    return _int8(CGPT(model), model)
+
+
 def _load_onnx(path: str | os.PathLike[str]) -> _Loaded:
     runtime, file = sources.load_onnx(path), Path(path) / sources.ONNX_FILE
     return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, file.stat().st_size, runtime.digest)
@@ -253,4 +278,10 @@ def _load_llama_cpp(path: str | os.PathLike[str]) -> _Loaded:
     return _Loaded(Loop(runtime), runtime.config, runtime.vocabulary, Path(path).stat().st_size)
 
 
-LOADERS = {"torch": _load_torch, "numpy": _load_numpy, "onnx": _load_onnx, "llama.cpp": _load_llama_cpp}
+LOADERS = {
+    "torch": _load_torch,
+    "numpy": _load_numpy,
+    "c": _load_c,
+    "onnx": _load_onnx,
+    "llama.cpp": _load_llama_cpp,
+}

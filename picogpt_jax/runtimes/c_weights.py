@@ -19,7 +19,8 @@ MATRICES = {
     "mlp_c_proj": "transformer.h.{}.mlp.c_proj",
 }
 NORMS = {"ln_1": "transformer.h.{}.ln_1", "ln_2": "transformer.h.{}.ln_2", "ln_f": "transformer.ln_f"}
-PARTS = ("biases", "mantissas", "exponents", "codes")  # in the order of a file: int32, int16, int8
+PARTS = ("biases", "sums", "mantissas", "exponents", "codes")  # in the order of a file: int32, int16, int8
+ALIGNMENT = 64  # bytes, of the codes in a file
 
 
 def sizes(model: IntegerModel) -> dict[str, int]:
@@ -48,6 +49,10 @@ def arrays(model: IntegerModel) -> dict[str, npt.NDArray[Any]]:
             tensors = [f"{modules.format(layer)}.{suffix}" for layer in layers]
             if tensors[0] in model.tensors:
                 found[name, part] = np.concatenate([model.tensors[tensor].ravel() for tensor in tensors])
+        if name in MATRICES and name != "wpe":  # whose rows are looked up alone
+            found[name, "sums"] = np.concatenate(
+                [model.tensors[f"{modules.format(layer)}.weight"].sum(1, dtype=np.int32) for layer in layers]
+            )
     order = sorted(found, key=lambda key: (PARTS.index(key[1]), *_place(key)))
     return {".".join(key): found[key] for key in order}
 
@@ -66,5 +71,12 @@ def packed(model: IntegerModel, digest: int) -> bytes:
         digest: what `picogpt_digest` gives.
     """
     header = [MAGIC, *sizes(model).values(), int(model.model.bias), digest, 0]
-    pieces = [np.array(header, "<u4"), *arrays(model).values()]
-    return b"".join(piece.astype(piece.dtype.newbyteorder("<")).tobytes() for piece in pieces)
+    content = np.array(header, "<u4").tobytes()
+    codes = b""
+    for name, array in arrays(model).items():
+        piece = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        if name.endswith(".codes"):
+            codes += piece
+        else:
+            content += piece
+    return content + bytes(-len(content) % ALIGNMENT) + codes

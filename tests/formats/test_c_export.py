@@ -49,9 +49,9 @@ class Text:
         self._library, self.size, self._bytes = library, model.model.vocab_size, packed(model, logits_digest(model))
         self._model, self.state = ctypes.create_string_buffer(1024), State()
         assert library.picogpt_open(self._model, self._bytes, ctypes.c_size_t(len(self._bytes)))
-        lengths = (ctypes.c_size_t * 3)()
+        lengths = (ctypes.c_size_t * 2)()
         library.picogpt_memory(self._model, chunk, lengths)
-        kinds = zip(lengths, ("int32", "int16", "int8"), strict=True)
+        kinds = zip(lengths, ("int32", "uint8"), strict=True)
         self._memory = [np.full(length + 1, 77, kind) for length, kind in kinds]  # the last one is not the text's
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in self._memory]
         library.picogpt_init(ctypes.byref(self.state), self._model, *pointers, chunk)
@@ -60,7 +60,7 @@ class Text:
         """Nothing was written behind the memory, and the digest is NumPy's."""
         expected = ctypes.c_int32.from_buffer_copy(self._bytes, 40).value
         assert self._library.picogpt_digest(ctypes.byref(self.state)) == expected
-        assert [array[-1] for array in self._memory] == [77] * 3
+        assert [array[-1] for array in self._memory] == [77] * 2
 
     def forward(self, ids: np.ndarray, rows: int) -> np.ndarray:
         logits = np.empty((rows, self.size), np.int32)
@@ -198,7 +198,7 @@ static PICOGPT_MEMORY(1) memory;
 static picogpt_state state;
 void _start(void)
 {
-    picogpt_init(&state, &picogpt_weights, memory.words, memory.halves, memory.bytes, 1);
+    picogpt_init(&state, &picogpt_weights, memory.words, memory.bytes, 1);
     __asm__ volatile("int $0x80" ::"a"(1), "b"(picogpt_digest(&state) == PICOGPT_DIGEST ? 42 : 1));
 }
 """

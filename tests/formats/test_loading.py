@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
 PAIRS = [("int8", "jax"), ("int8", "torch"), ("int8", "numpy"), ("int8.pt", "jax"), ("int8.pt", "torch")]
 PAIRS += [("run", "jax"), ("ckpt.pt", "jax"), ("onnx", "onnx")]
 DIFFERENT = [("int8", "jax"), ("int8", "numpy"), ("int8.pt", "torch"), ("run", "jax"), ("onnx", "onnx")]
-RUNTIMES = ["jax", "torch", "onnx", "numpy", "llama.cpp"]
+RUNTIMES = ["jax", "torch", "onnx", "numpy", "c", "llama.cpp"]
 KINDS = {"run": "workdir", "int8": "int8", "int8.pt": "torch-int8", "ckpt.pt": "torch-float", "onnx": "onnx"}
 KINDS |= {"picogpt.pt": "picogpt-int8", "hf": "huggingface", "m.gguf": "gguf"}
 
@@ -145,7 +145,7 @@ def test_bytes_that_are_no_character_are_shown_as_such() -> None:
 
 def test_what_does_not_go_together_is_one_line(folder: Path) -> None:
     refused = [pair for pair in itertools.product(KINDS, RUNTIMES) if pair not in [*PAIRS, ("m.gguf", "llama.cpp")]]
-    assert len(refused) == 31
+    assert len(refused) == 39
     for name, runtime in refused:
         with pytest.raises(UserError) as caught:
             load(folder / name, runtime)  # type: ignore[arg-type]
@@ -224,6 +224,8 @@ def test_a_missing_extra_is_named(folder: Path) -> None:
         ("int8", dict(device="cpu"), True, "numpy"),
         ("int8", dict(device="gpu"), False, "jax"),  # which says that there is none
         ("int8", dict(tensor=2), False, "jax"),
+        ("int8", dict(is_integer=True), False, "c"),
+        ("int8", dict(is_integer=True), True, "jax"),
         ("torch-int8", {}, False, "torch"),
         ("torch-int8", {}, True, "jax"),
         *[(kind, {}, False, "jax") for kind in ("workdir", "torch-float", "picogpt-int8", "huggingface")],
@@ -235,6 +237,7 @@ def test_the_runtime_follows_from_the_model_and_the_machine(
     kind: Any, options: Any, accelerator: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "has_accelerator", lambda: accelerator)
+    monkeypatch.setattr(loading, "is_installed", lambda runtime: runtime == "c")
     assert choose_runtime(kind, **options) == expected
 
 

@@ -271,7 +271,7 @@ def test_a_folder_of_integers_is_recognised_and_runs_in_numpy(tmp_path: Path) ->
     runtime, vocabulary = load_numpy(tmp_path / "int8")
     assert isinstance(runtime, NumpyIntegerGPT)
     assert vocabulary == model.vocabulary
-    loaded = loading.load(tmp_path / "int8", device="cpu")
+    loaded = loading.load(tmp_path / "int8", "numpy")
     assert loaded.runtime == "numpy"
     assert f"{model.n_bytes:,} bytes" in loaded.description
     np.testing.assert_array_equal(loaded.logits([1, 2, 3]), runtime.forward(np.array([[1, 2, 3]]))[0])

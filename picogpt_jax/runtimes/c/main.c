@@ -205,7 +205,7 @@ static const picogpt_model *load(const char *program)
     const char *slash = strrchr(program, '/');
     const size_t folder = slash ? (size_t)(slash - program) + 1 : 0;
     char *path = (char *)allocate(folder + sizeof PICOGPT_WEIGHTS_FILE);
-    size_t length, lengths[3];
+    size_t length, lengths[2];
     const unsigned char *bytes;
     int fits;
     memcpy(path, program, folder);
@@ -215,8 +215,7 @@ static const picogpt_model *load(const char *program)
            model.vocab_size == PICOGPT_VOCAB_SIZE;
     if (fits) {
         picogpt_memory(&model, PICOGPT_CHUNK, lengths);
-        fits = lengths[0] == sizeof memory.words / 4 && lengths[1] == sizeof memory.halves / 2 &&
-               lengths[2] == sizeof memory.bytes;
+        fits = lengths[0] == sizeof memory.words / 4 && lengths[1] == sizeof memory.bytes;
     }
     if (!fits)
         fail(path, " is not the file that was written with this program's model.h", "; convert the model again");
@@ -270,7 +269,7 @@ int main(int count, char **arguments)
     }
 
     model = load(arguments[0]);
-    picogpt_init(&state, model, memory.words, memory.halves, memory.bytes, PICOGPT_CHUNK);
+    picogpt_init(&state, model, memory.words, memory.bytes, PICOGPT_CHUNK);
     if (self_test) {
         const uint32_t digest = picogpt_digest(&state);
         const int passed = digest == model->digest;

@@ -9,8 +9,10 @@ enum {
     HEAD_BITS = 12,
     NORM_BITS = 12,
     GELU_BITS = 8,
+    OFFSET = 128,   /* of codes of activations */
     NEVER = -10000, /* below every exponent */
-    LANES = 8       /* values that are added up side by side */
+    LANES = 8,      /* values that are added up side by side */
+    ROWS = 16       /* of a matrix, that several vectors meet in turn */
 };
 
 /* ---- integers ---- */
@@ -85,20 +87,20 @@ static int32_t fit(int32_t largest)
 }
 
 /* Codes and their exponent. */
-static int32_t quantize(int16_t *restrict codes, const int32_t *restrict u, int32_t count)
+static int32_t quantize(uint8_t *restrict codes, const int32_t *restrict u, int32_t count)
 {
     const int32_t t = fit(largest_magnitude(u, count));
     int32_t i;
     for (i = 0; i < count; i++)
-        codes[i] = (int16_t)shift(u[i], t);
+        codes[i] = (uint8_t)(shift(u[i], t) + OFFSET);
     return t;
 }
 
-/* The product of two vectors of codes: most of the time is spent here. A port may have a faster one. Codes that meet
- * many rows are widened to 16 bits once: most processors multiply and add pairs of these in one instruction. */
+/* The product of two vectors of codes: most of the time is spent here. A port may have a faster one. One of the vectors
+ * is without a sign: processors have an instruction for such bytes. Compilers find it in a loop as plain as this. */
 #ifndef PICOGPT_DOT
 #define PICOGPT_DOT dot
-static inline int32_t dot(const int8_t *restrict row, const int16_t *restrict codes, int32_t count)
+static inline int32_t dot(const int8_t *restrict row, const uint8_t *restrict codes, int32_t count)
 {
     int32_t i, sum = 0;
     for (i = 0; i < count; i++)
@@ -109,27 +111,37 @@ static inline int32_t dot(const int8_t *restrict row, const int16_t *restrict co
 
 /* ---- the parts of the model ---- */
 
+/* The products of one vector of codes and some rows, which stay in a processor's cache for the next vector. */
+static void products(int32_t *restrict y, const int8_t *restrict weights, int32_t rows, const uint8_t *restrict codes,
+                     int32_t columns)
+{
+    int32_t o;
+    for (o = 0; o < rows; o++, weights += columns)
+        y[o] = PICOGPT_DOT(weights, codes, columns);
+}
+
 /* y [count, rows] of codes [count, columns] with their exponents e [count]. */
 static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, int32_t columns, int32_t is_per_channel,
-                   const int16_t *restrict codes, const int32_t *restrict e, int32_t count, int32_t fraction_bits,
+                   const uint8_t *restrict codes, const int32_t *restrict e, int32_t count, int32_t fraction_bits,
                    int32_t *restrict y)
 {
     const size_t row = (size_t)layer * (size_t)rows;
     const int8_t *weights = matrix->codes + row * (size_t)columns;
     const int8_t *restrict exponents = matrix->exponents + (is_per_channel ? row : (size_t)layer);
     const int32_t *restrict biases = matrix->biases ? matrix->biases + row : 0;
+    const int32_t *restrict sums = matrix->sums + row;
     int32_t o, t;
-    for (o = 0; o < rows; o++, weights += columns)
+    for (o = 0; o < rows; o += ROWS, weights += ROWS * columns)
         for (t = 0; t < count; t++)
-            y[t * rows + o] = PICOGPT_DOT(weights, codes + t * columns, columns);
+            products(y + t * rows + o, weights, smaller(rows - o, ROWS), codes + t * columns, columns);
     for (t = 0; t < count; t++, y += rows) {
         const int32_t s = -(e[t] + fraction_bits);
         if (is_per_channel)
             for (o = 0; o < rows; o++)
-                y[o] = clip(shift(y[o], s - exponents[o]), LIMIT);
+                y[o] = clip(shift(y[o] - OFFSET * sums[o], s - exponents[o]), LIMIT);
         else
             for (o = 0; o < rows; o++)
-                y[o] = clip(shift(y[o], s - exponents[0]), LIMIT);
+                y[o] = clip(shift(y[o] - OFFSET * sums[o], s - exponents[0]), LIMIT);
         if (biases)
             for (o = 0; o < rows; o++)
                 y[o] += biases[o];
@@ -138,7 +150,7 @@ static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, in
 
 /* LayerNorm of x [n_embd], quantized: codes and their exponent. */
 static int32_t norm(const picogpt_state *state, const picogpt_norm *parameters, int32_t layer,
-                    const int32_t *restrict x, int16_t *restrict codes)
+                    const int32_t *restrict x, uint8_t *restrict codes)
 {
     const int32_t width = state->model->n_embd, n = bits((uint32_t)largest_magnitude(x, width)) - 11;
     const int32_t v = width <= 1024 ? 5 : width <= 4096 ? 6 : 7;
@@ -194,18 +206,15 @@ static size_t head_offset(const picogpt_model *model, int32_t layer, int32_t hea
 }
 
 /* Puts the keys, or the values, of a position [n_embd] into the cache. */
-static void remember(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *u, int8_t *cache,
+static void remember(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *u, uint8_t *cache,
                      int8_t *exponents)
 {
     const picogpt_model *model = state->model;
     const int32_t size = model->n_embd / model->n_head;
-    int32_t h, i;
+    int32_t h;
     for (h = 0; h < model->n_head; h++, u += size) {
         const size_t place = head_offset(model, layer, h) + (size_t)position;
-        int8_t *restrict codes = cache + place * (size_t)size;
-        exponents[place] = (int8_t)quantize(state->query, u, size);
-        for (i = 0; i < size; i++)
-            codes[i] = (int8_t)state->query[i];
+        exponents[place] = (int8_t)quantize(cache + place * (size_t)size, u, size);
     }
 }
 
@@ -215,15 +224,20 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
 {
     const int8_t *restrict key_exponents = state->key_exponents + offset;
     const int8_t *restrict value_exponents = state->value_exponents + offset;
-    const int8_t *key = state->keys + offset * (size_t)size;
+    const uint8_t *key = state->keys + offset * (size_t)size;
     const int32_t weight_bits = 8 - bits((uint32_t)(state->model->block_size - 1) >> 9);
     const int32_t cap = (24 - bits((uint32_t)(127 * 127) * (uint32_t)size)) >> 1;
-    const int32_t query_exponent = smaller(quantize(state->query, query, size) - 8, cap);
+    const int32_t query_fit = fit(largest_magnitude(query, size)), query_exponent = smaller(query_fit - 8, cap);
     int32_t *restrict score = state->scores;
-    int32_t j, largest = -(1 << 25), sum = 0;
+    int32_t i, j, excess = 0, largest = -(1 << 25), sum = 0;
     uint32_t reach = 0;
+    for (i = 0; i < size; i++) {
+        const int32_t code = shift(query[i], query_fit);
+        state->query[i] = (int8_t)code;
+        excess += OFFSET * code;
+    }
     for (j = 0; j < keys; j++, key += size)
-        score[j] = PICOGPT_DOT(key, state->query, size);
+        score[j] = PICOGPT_DOT(state->query, key, size) - excess;
     for (j = 0; j < keys; j++) {
         const int32_t e = query_exponent + smaller(key_exponents[j] - 8, cap);
         const int32_t right = larger(-e, 0), left = larger(e, 0);
@@ -245,7 +259,7 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
 }
 
 /* LANES features of the sum of all values [keys, size], each times its weight; they stay in registers. */
-static void mix(int32_t *restrict o, const int32_t *restrict weights, const int8_t *restrict values, int32_t keys,
+static void mix(int32_t *restrict o, const int32_t *restrict weights, const uint8_t *restrict values, int32_t keys,
                 int32_t size)
 {
     int32_t sums[LANES] = {0}, i, j;
@@ -257,22 +271,26 @@ static void mix(int32_t *restrict o, const int32_t *restrict weights, const int8
 }
 
 /* Attention of the query [n_embd] at a position to all up to it: codes [n_embd] and their exponent. */
-static int32_t attend(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *query, int16_t *codes)
+static int32_t attend(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *query, uint8_t *codes)
 {
     const picogpt_model *model = state->model;
     const int32_t size = model->n_embd / model->n_head;
     int32_t h, i, j, t = NEVER;
     for (h = 0; h < model->n_head; h++) {
         const size_t offset = head_offset(model, layer, h);
-        const int8_t *restrict value = state->values + offset * (size_t)size;
+        const uint8_t *restrict value = state->values + offset * (size_t)size;
         int32_t *restrict o = state->heads + h * size;
-        int32_t top, n, sum_bits, narrow, r, largest;
+        int32_t excess = 0, top, n, sum_bits, narrow, r, largest;
         const int32_t sum = weigh(state, offset, query + h * size, size, position + 1, &top);
+        for (j = 0; j <= position; j++)
+            excess += OFFSET * state->scores[j];
         for (i = 0; i + LANES <= size; i += LANES)
             mix(o + i, state->scores, value + i, position + 1, size);
         for (; i < size; i++)
             for (o[i] = 0, j = 0; j <= position; j++)
                 o[i] += state->scores[j] * value[j * size + i];
+        for (i = 0; i < size; i++)
+            o[i] -= excess;
         n = larger(bits((uint32_t)largest_magnitude(o, size)) - 15, 0);
         sum_bits = bits((uint32_t)sum) - 8;
         narrow = shift(sum, sum_bits);
@@ -288,7 +306,7 @@ static int32_t attend(const picogpt_state *state, int32_t layer, int32_t positio
         t = 0;
     for (h = 0; h < model->n_head; h++)
         for (i = h * size; i < (h + 1) * size; i++)
-            codes[i] = (int16_t)shift(state->heads[i], t - state->head_exponents[h]);
+            codes[i] = (uint8_t)(shift(state->heads[i], t - state->head_exponents[h]) + OFFSET);
     return t;
 }
 
@@ -313,9 +331,9 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
 {
     const picogpt_model *m = state->model;
     const int32_t width = m->n_embd, hidden = m->n_hidden, first = state->position, scales = m->is_per_channel;
-    int32_t *const x = state->x, *const wide = state->wide, *const e = state->exponents;
-    int16_t *const codes = state->codes;
-    int32_t i, layer, t;
+    int32_t *const wide = state->wide, *const e = state->exponents, *x = state->x;
+    uint8_t *const codes = state->codes;
+    int32_t i, layer, t, skipped = 0;
     for (i = 0; i < count * width; i++)
         x[i] = 0;
     for (t = 0; t < count; t++) {
@@ -332,10 +350,13 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
             remember(state, layer, first + t, key, state->keys, state->key_exponents);
             remember(state, layer, first + t, key + width, state->values, state->value_exponents);
         }
-        if (layer + 1 == m->n_layer && rows == 0)
-            break; /* what comes after is for logits alone */
+        if (layer + 1 == m->n_layer) { /* what comes after is for logits alone */
+            skipped = count - rows;
+            x += skipped * width;
+            count = rows;
+        }
         for (t = 0; t < count; t++)
-            e[t] = attend(state, layer, first + t, wide + t * 3 * width, codes + t * width);
+            e[t] = attend(state, layer, first + skipped + t, wide + (skipped + t) * 3 * width, codes + t * width);
         linear(&m->attn_c_proj, layer, width, width, scales, codes, e, count, RESIDUAL_BITS, wide);
         add(x, wide, count * width);
         for (t = 0; t < count; t++)
@@ -348,22 +369,20 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
         add(x, wide, count * width);
     }
     for (t = 0; t < rows; t++)
-        e[t] = norm(state, &m->ln_f, 0, x + (count - rows + t) * width, codes + t * width);
+        e[t] = norm(state, &m->ln_f, 0, x + t * width, codes + t * width);
     linear(&m->wte, 0, m->vocab_size, width, scales, codes, e, rows, RESIDUAL_BITS, logits);
-    state->position = first + count;
+    state->position = first + skipped + rows;
 }
 
 /* ---- a text ---- */
 
-void picogpt_memory(const picogpt_model *m, int32_t chunk, size_t lengths[3])
+void picogpt_memory(const picogpt_model *m, int32_t chunk, size_t lengths[2])
 {
     lengths[0] = PICOGPT_WORDS(m->n_head, m->n_embd, m->n_hidden, m->block_size, m->vocab_size, chunk);
-    lengths[1] = PICOGPT_HALVES(m->n_embd, m->n_hidden, chunk);
-    lengths[2] = PICOGPT_BYTES(m->n_layer, m->n_head, m->n_embd, m->block_size);
+    lengths[1] = PICOGPT_BYTES(m->n_layer, m->n_head, m->n_embd, m->n_hidden, m->block_size, chunk);
 }
 
-void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, int16_t *halves, int8_t *bytes,
-                  int32_t chunk)
+void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, uint8_t *bytes, int32_t chunk)
 {
     const size_t positions = (size_t)m->n_layer * (size_t)m->block_size, width = (size_t)m->n_embd;
     const size_t heads = positions * (size_t)m->n_head;
@@ -384,12 +403,12 @@ void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, 
     state->logits = state->head_exponents + m->n_head;
     state->scores = state->logits + m->vocab_size;
     state->ids = state->scores + m->block_size;
-    state->codes = halves;
-    state->query = state->codes + (size_t)chunk * (size_t)m->n_hidden;
     state->keys = bytes;
     state->values = state->keys + positions * width;
-    state->key_exponents = state->values + positions * width;
+    state->codes = state->values + positions * width;
+    state->key_exponents = (int8_t *)(state->codes + (size_t)chunk * (size_t)m->n_hidden);
     state->value_exponents = state->key_exponents + heads;
+    state->query = state->value_exponents + heads;
 }
 
 void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, int32_t *logits, int32_t rows)
@@ -503,6 +522,18 @@ int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sa
     return token;
 }
 
+void picogpt_generate(picogpt_state *state, const picogpt_sampling *sampling, uint32_t stream, uint32_t index,
+                      int32_t *ids, int32_t length, int32_t count, int32_t slides)
+{
+    for (; count > 0; count--, index++, length++) {
+        if (index == 0 || (slides && state->position == state->model->block_size))
+            picogpt_start(state, ids, length);
+        else
+            picogpt_next(state, ids[length - 1]);
+        ids[length] = picogpt_draw(state->logits, state->model->vocab_size, sampling, stream, index);
+    }
+}
+
 /* ---- the test of itself, and models in a file ---- */
 
 static uint32_t hashed(uint32_t hash, uint32_t word)
@@ -577,7 +608,8 @@ int picogpt_open(picogpt_model *m, const void *bytes, size_t length)
     if (c % m->n_head || c / m->n_head > 1024 || f % c)
         return 0;
     {
-        /* The order of the file: the biases, int32; the LayerNorms' mantissas, int16; the rest, int8. */
+        /* The order of the file: the biases and the sums, int32; the LayerNorms' mantissas, int16; the rest, int8, the
+         * codes aligned. */
         picogpt_matrix *const matrices[6] = {&m->wte, &m->wpe, &m->c_attn, &m->attn_c_proj, &m->c_fc, &m->mlp_c_proj};
         picogpt_norm *const norms[3] = {&m->ln_1, &m->ln_2, &m->ln_f};
         const int32_t n[6] = {1, 1, layers, layers, layers, layers};
@@ -586,12 +618,16 @@ int picogpt_open(picogpt_model *m, const void *bytes, size_t length)
             matrices[i]->biases = has_bias && i >= 2 ? (const int32_t *)take(&at, &left, 4, n[i], rows[i], 1) : 0;
         for (i = 0; i < 3; i++)
             norms[i]->biases = has_bias ? (const int32_t *)take(&at, &left, 4, i < 2 ? layers : 1, c, 1) : 0;
+        for (i = 0; i < 6; i++)
+            matrices[i]->sums = i != 1 ? (const int32_t *)take(&at, &left, 4, n[i], rows[i], 1) : 0;
         for (i = 0; i < 3; i++)
             norms[i]->mantissas = (const int16_t *)take(&at, &left, 2, i < 2 ? layers : 1, c, 1);
         for (i = 0; i < 3; i++)
             norms[i]->exponents = (const int8_t *)take(&at, &left, 1, i < 2 ? layers : 1, 1, 1);
         for (i = 0; i < 6; i++)
             matrices[i]->exponents = (const int8_t *)take(&at, &left, 1, n[i], m->is_per_channel ? rows[i] : 1, 1);
+        for (; left > 0 && (at - (const uint8_t *)bytes) % PICOGPT_ALIGNMENT; left--)
+            at++;
         for (i = 0; i < 6; i++)
             matrices[i]->codes = (const int8_t *)take(&at, &left, 1, n[i], rows[i], columns[i]);
     }

@@ -4,7 +4,7 @@
  * logit and the same text as in every other runtime.
  *
  *     static PICOGPT_MEMORY(chunk) memory;
- *     picogpt_init(&state, &model, memory.words, memory.halves, memory.bytes, chunk);
+ *     picogpt_init(&state, &model, memory.words, memory.bytes, chunk);
  *     picogpt_start(&state, prompt, length);
  *     for (index = 0; index < count; index++) {
  *         id = picogpt_draw(state.logits, model.vocab_size, &sampling, stream, index);
@@ -26,6 +26,7 @@ typedef struct {
     const int8_t *codes;     /* [layers, outputs, inputs] */
     const int8_t *exponents; /* [layers, outputs], or [layers] where the model is not per channel */
     const int32_t *biases;   /* [layers, outputs], or 0 */
+    const int32_t *sums;     /* [layers, outputs], of each row of codes; 0 for wpe */
 } picogpt_matrix;
 
 typedef struct {
@@ -49,8 +50,8 @@ typedef struct {
     int32_t position; /* tokens in the cache */
     int32_t chunk, root_bits, root;
     int32_t *ids, *x, *wide, *exponents, *scores, *heads, *head_exponents;
-    int16_t *codes, *query;
-    int8_t *keys, *values, *key_exponents, *value_exponents;
+    uint8_t *keys, *values, *codes; /* 128 above what they say, as are all codes of activations */
+    int8_t *key_exponents, *value_exponents, *query;
 } picogpt_state;
 
 typedef struct {
@@ -60,25 +61,25 @@ typedef struct {
     uint32_t seed;
 } picogpt_sampling;
 
-/* The memory of a text: three arrays, whose lengths these are. `chunk` tokens of a prompt are computed at a time, 1 to
+/* The memory of a text: two arrays, whose lengths these are. `chunk` tokens of a prompt are computed at a time, 1 to
  * 256; 1 takes the least memory. */
 #define PICOGPT_WORDS(n_head, n_embd, n_hidden, block_size, vocab_size, chunk) \
     ((size_t)(chunk) * ((size_t)(n_embd) + PICOGPT_MAX(3 * (size_t)(n_embd), (size_t)(n_hidden)) + 1) + \
      (size_t)(n_embd) + (size_t)(n_head) + (size_t)(vocab_size) + 2 * (size_t)(block_size))
-#define PICOGPT_HALVES(n_embd, n_hidden, chunk) ((size_t)(chunk) * (size_t)(n_hidden) + (size_t)(n_embd))
-#define PICOGPT_BYTES(n_layer, n_head, n_embd, block_size) \
-    (2 * (size_t)(n_layer) * (size_t)(block_size) * ((size_t)(n_embd) + (size_t)(n_head)))
+#define PICOGPT_BYTES(n_layer, n_head, n_embd, n_hidden, block_size, chunk) \
+    (2 * (size_t)(n_layer) * (size_t)(block_size) * ((size_t)(n_embd) + (size_t)(n_head)) + \
+     (size_t)(chunk) * (size_t)(n_hidden) + (size_t)(n_embd))
 #define PICOGPT_MAX(a, b) ((a) > (b) ? (a) : (b))
-void picogpt_memory(const picogpt_model *model, int32_t chunk, size_t lengths[3]);
+void picogpt_memory(const picogpt_model *model, int32_t chunk, size_t lengths[2]);
 
 /* Reads the model that `bytes` hold, a file model.bin, whose weights stay where they are: 4-byte aligned, on a
  * little-endian machine. Returns 0 where it is none. */
 int picogpt_open(picogpt_model *model, const void *bytes, size_t length);
 #define PICOGPT_MAGIC 0x54504770u /* "pGPT" */
 #define PICOGPT_HEADER_WORDS 12
+#define PICOGPT_ALIGNMENT 64 /* bytes, of the codes */
 
-void picogpt_init(picogpt_state *state, const picogpt_model *model, int32_t *words, int16_t *halves, int8_t *bytes,
-                  int32_t chunk);
+void picogpt_init(picogpt_state *state, const picogpt_model *model, int32_t *words, uint8_t *bytes, int32_t chunk);
 
 /* Begins a text with a prompt, at least one token, of which the last block_size are seen. Ids are below vocab_size. */
 void picogpt_start(picogpt_state *state, const int32_t *ids, int32_t count);
@@ -92,6 +93,11 @@ void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, in
 /* The token of `index` (from 0, the first after the prompt) in `stream` (a text of several). */
 int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sampling *sampling, uint32_t stream,
                      uint32_t index);
+
+/* Draws `count` tokens of a stream from `index` on, behind `ids`: the text so far, `length` tokens, and room for them.
+ * Index 0 begins the text. `slides`: a full cache is computed anew for each token (`--overflow=slide`). */
+void picogpt_generate(picogpt_state *state, const picogpt_sampling *sampling, uint32_t stream, uint32_t index,
+                      int32_t *ids, int32_t length, int32_t count, int32_t slides);
 
 /* FNV-1a, 32 bits, of the logits and the draws of 16 tokens. A port that computes what it should gets model->digest. */
 uint32_t picogpt_digest(picogpt_state *state);
