@@ -3,7 +3,7 @@
     python data/stdlib_char/prepare.py
     python scripts/train.py --config=configs/stdlib_char.py --workdir=runs/stdlib
 
-Two and a half minutes on two cores (AVX2); best validation loss 1.979 nats.
+Two and a half minutes on two cores (AVX2); best validation loss 1.974 nats.
 """
 
 from ml_collections import ConfigDict
