@@ -13,12 +13,10 @@ from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from picogpt_jax.formats.sources import FloatModel
     from picogpt_jax.int8.int8_model import Int8Model
     from picogpt_jax.int8.integer_model import IntegerModel
 
-EXAMPLE_TOKENS = 1024  # whose products are compared
-LOSS_TOKENS = 10 * EXAMPLE_TOKENS  # whose loss shows what integers cost
+LOSS_TOKENS = 10_240  # whose loss shows what integers cost
 
 WORKDIR = cli.DEFINE_path(
     "workdir", None, "Workdir of scripts/train.py (its best checkpoint), a float ckpt.pt or a Hugging Face folder."
@@ -69,14 +67,16 @@ def main() -> None:
         "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
     }
     arithmetic = ARITHMETIC.value or source.quant.arithmetic
-    tokens_BT, text, ids = example(source)
+    ids = sources.validation_ids(source)
+    tokens_BT, text = sources.example(source, ids)
     parts = (source.config, quant, source.params, source.vocabulary, training, source.qat, tokens_BT)
     model, rows = convert.quantized(*parts, arithmetic)
     save_int8_model(model, OUTPUT.value)
 
     print(convert.report_table(rows))
-    print(f"products: of {tokens_BT.size:,} tokens of {text}")
+    print(f"products: of {tokens_BT.size:,} {text}")
     if isinstance(model, IntegerModel) and ids is not None:
+        ids = ids[: LOSS_TOKENS + 1]
         mixed, integer = loss(convert.quantized(*parts, "mixed")[0], ids), loss(model, ids)
         difference = f"{integer - mixed:+.6f} on its first {len(ids) - 1:,} targets"
         print(f"loss: integer {integer:.6f}, mixed {mixed:.6f} nats: {difference}")
@@ -90,28 +90,6 @@ def main() -> None:
         f"wrote {OUTPUT.value}: {written:,} bytes, {float32_bytes / written:.2f}x smaller than "
         f"{float32_bytes:,} of float32; {100 * model.model.int8_share:.2f}% of the parameters are int8"
     )
-
-
-def example(source: "FloatModel") -> tuple[npt.NDArray[np.integer], str, npt.NDArray[np.uint16] | None]:
-    """Token ids [B, T] to measure on and what they are: of the run's validation text, or any where it is not at hand.
-
-    Returns:
-        these, and the text's first ids [N] for a loss, or None.
-    """
-    from picogpt_jax.text.batches import Tokens
-    from picogpt_jax.text.reading import vocabulary_of_data
-
-    time = source.config.block_size
-    shape = (max(EXAMPLE_TOKENS // time, 1), time)
-    try:
-        if source.run and source.vocabulary.fits(vocabulary_of_data(source.run.data.dir, source.vocabulary.size)):
-            tokens = Tokens.open(source.run.data.dir, "val", time, source.vocabulary.size)
-            windows_BT = tokens.windows(np.linspace(0, len(tokens) - time, shape[0]).astype(np.int64), time)
-            return windows_BT, str(tokens.path), tokens.ids[: LOSS_TOKENS + 1]
-    except UserError:
-        pass  # the text of a run that was trained elsewhere
-    drawn_BT = np.random.default_rng(0).integers(0, source.vocabulary.size, shape)
-    return drawn_BT, "no text, drawn at random", None
 
 
 def loss(model: "Int8Model | IntegerModel", ids: npt.NDArray[np.uint16]) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from picogpt_jax.config import Config
 from picogpt_jax.errors import UserError, errors_in
@@ -21,8 +20,6 @@ from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.runtimes.engine import Sampling
 from picogpt_jax.runtimes.jax_model import JaxGPT
-from picogpt_jax.text.batches import Tokens
-from picogpt_jax.text.reading import vocabulary_of_data
 from picogpt_jax.text.vocabulary import TokenIds
 from picogpt_jax.training.checkpoint import FOLDER
 from picogpt_jax.training.metrics import METRICS_FILE, read_metrics
@@ -30,7 +27,6 @@ from picogpt_jax.training.plot import Curve, loss_curves
 
 SAMPLING = Sampling(max_new_tokens=500, temperature=0.8, seed=1337)  # the defaults of scripts/sample.py
 FLOAT = "float parameters"  # the form that others are compared with
-EXAMPLE_TOKENS = 1024  # whose products are compared, as in scripts/quantize.py
 MARK = '<meta name="generator" content="picogpt_jax report">'  # of a file that a new report may replace
 MARK_WITHIN = 1000  # first bytes of such a file
 
@@ -161,8 +157,8 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
     writes = start is not None or not isinstance(source.vocabulary, TokenIds)
     prompt = (source.vocabulary.default_prompt if start is None else start) if writes else ""
     prompt_1T = source.vocabulary.encode(prompt, "--start")[None] if writes else None
-    ids = validation_ids(source)
-    tokens_BT, text = example(source, ids)
+    ids = sources.validation_ids(source)
+    tokens_BT, text = sources.example(source, ids)
     model, rows = convert.quantized(
         source.config,
         source.quant,
@@ -204,28 +200,6 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
         prompt=prompt,
         samples=samples,
     )
-
-
-def validation_ids(source: sources.FloatModel) -> npt.NDArray[np.uint16] | None:
-    """The run's validation text, or None where it is not at hand, such as of a run that was trained elsewhere."""
-    if source.run is None:
-        return None
-    try:
-        if not source.vocabulary.fits(vocabulary_of_data(source.run.data.dir, source.vocabulary.size)):
-            return None
-        return Tokens.open(source.run.data.dir, "val", source.config.block_size, source.vocabulary.size).ids
-    except UserError:
-        return None
-
-
-def example(source: sources.FloatModel, ids: npt.NDArray[np.uint16] | None) -> tuple[npt.NDArray[np.integer], str]:
-    """Tokens [B, T] whose products are compared, and what they are."""
-    time = source.config.block_size
-    shape = (max(EXAMPLE_TOKENS // time, 1), time)
-    if ids is None:
-        return np.random.default_rng(0).integers(0, source.vocabulary.size, shape), "tokens drawn at random"
-    starts = np.linspace(0, len(ids) - time, shape[0]).astype(np.int64)
-    return Tokens(ids=ids, path=Path()).windows(starts, time), "tokens of the validation text"
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from picogpt_jax.config import Config, ModelConfig, QuantConfig
 from picogpt_jax.errors import UserError, command, errors_in
 from picogpt_jax.formats.gpt2_tensors import FloatCheckpoint
@@ -16,6 +19,7 @@ from picogpt_jax.formats.import_huggingface import is_huggingface_folder, load_h
 from picogpt_jax.int8.folder import VOCABULARY_FILE, is_int8_folder, load_int8_model, stored_version
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.int8.integer_model import INTEGER_VERSION, IntegerModel
+from picogpt_jax.text.batches import Tokens
 from picogpt_jax.text.reading import load_vocabulary, vocabulary_from_json, vocabulary_of_data
 from picogpt_jax.text.tokenizer import has_tokenizer, read_tokenizer
 from picogpt_jax.text.vocabulary import TokenIds, Vocabulary
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 Kind = Literal["workdir", "int8", "torch-int8", "torch-float", "picogpt-int8", "huggingface", "onnx", "gguf"]
 ONNX_FILE = "model.onnx"
 GGUF_MAGIC = b"GGUF"
+EXAMPLE_TOKENS = 1024  # whose products are compared
 EXPORTS = {"onnx": ("an ONNX folder", "--runtime=onnx"), "gguf": ("a GGUF file", "--runtime=llama.cpp")}
 
 
@@ -284,3 +289,25 @@ def _load_foreign(path: str | os.PathLike[str], kind: Kind, data_dir: str | os.P
         val_loss=loaded.best_val_loss if math.isfinite(loaded.best_val_loss) else None,
         qat=run is not None and _is_qat(run, loaded.iter_num),
     )
+
+
+def validation_ids(source: FloatModel) -> npt.NDArray[np.uint16] | None:
+    """The run's validation text, or None where it is not at hand, such as of a run that was trained elsewhere."""
+    if source.run is None:
+        return None
+    try:
+        if not source.vocabulary.fits(vocabulary_of_data(source.run.data.dir, source.vocabulary.size)):
+            return None
+        return Tokens.open(source.run.data.dir, "val", source.config.block_size, source.vocabulary.size).ids
+    except UserError:
+        return None
+
+
+def example(source: FloatModel, ids: npt.NDArray[np.uint16] | None) -> tuple[npt.NDArray[np.integer], str]:
+    """Tokens [B, T] whose products are compared, and what they are."""
+    time = source.config.block_size
+    shape = (max(EXAMPLE_TOKENS // time, 1), time)
+    if ids is None:
+        return np.random.default_rng(0).integers(0, source.vocabulary.size, shape), "tokens drawn at random"
+    starts = np.linspace(0, len(ids) - time, shape[0]).astype(np.int64)
+    return Tokens(ids=ids, path=Path()).windows(starts, time), "tokens of the validation text"

@@ -13,7 +13,7 @@ from tiny import TRAIN_BIN, VOCABULARY, tiny_config
 from picogpt_jax.benchmarks import run_page, run_report
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import write_json
-from picogpt_jax.formats import loading
+from picogpt_jax.formats import loading, sources
 from picogpt_jax.formats.sources import load_float
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training.checkpoint import Checkpoints
@@ -76,15 +76,15 @@ def test_the_forms_are_those_that_the_other_scripts_have(
 
 def test_a_run_whose_data_are_not_at_hand_has_no_losses(workdir: Path, tmp_path: Path) -> None:
     source = load_float(workdir)
-    ids = run_report.validation_ids(source)
+    ids = sources.validation_ids(source)
     np.testing.assert_array_equal(ids, TRAIN_BIN)
-    assert run_report.example(source, ids)[1] == "tokens of the validation text"
+    assert sources.example(source, ids)[1] == "tokens of the validation text"
     away = tiny_config(tmp_path / "away")
-    assert run_report.validation_ids(dataclasses.replace(source, run=away)) is None
+    assert sources.validation_ids(dataclasses.replace(source, run=away)) is None
     (tmp_path / "away").mkdir()
     Vocabulary.from_text("xyz").save(tmp_path / "away/meta.json")
-    assert run_report.validation_ids(dataclasses.replace(source, run=away)) is None, "another text"
-    tokens_BT, text = run_report.example(source, None)
+    assert sources.validation_ids(dataclasses.replace(source, run=away)) is None, "another text"
+    tokens_BT, text = sources.example(source, None)
     assert (tokens_BT.shape, text) == ((128, 8), "tokens drawn at random")
 
 
