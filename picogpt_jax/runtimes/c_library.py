@@ -108,7 +108,10 @@ def is_available() -> bool:
 
 def compiler() -> list[str] | None:
     """The command of the C compiler at hand; None: there is none."""
-    chosen = shlex.split(os.environ.get("CC", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise UserError(f"CC={os.environ['CC']} is no command: {error}; set CC to a C compiler, or unset it") from None
     if chosen:
         return chosen
     for name in ("cc", "gcc", "clang"):

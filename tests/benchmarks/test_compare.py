@@ -149,7 +149,7 @@ def test_the_script_compares_all_that_is_installed(run_script: RunScript, tmp_pa
         assert row["loss"] == pytest.approx(report["runtimes"][0]["loss"], abs=1e-3)  # of so few targets
         assert row["largest_difference"] < 0.1
         assert row["same_next_token"] > 0.98
-        assert 0 <= row["same_texts"] <= 1
+        assert row["same_texts"] in ([1.0] if row["runtime"] == "jax" else [0.0, 1 / 3, 2 / 3, 1.0])
         assert row["tokens_per_second"] > 0
         assert row["first_token_seconds"] > 0
         assert row["bytes"] > 10_000  # codes and scales

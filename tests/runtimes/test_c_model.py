@@ -202,6 +202,7 @@ def test_without_a_compiler_there_is_one_line_or_the_library_that_is_kept(
     ("variables", "message"),
     [
         (dict(CC="/no/such/cc"), "the C compiler /no/such/cc does not start: No such file or directory; set CC"),
+        (dict(CC="gcc 'x"), "^CC=gcc 'x is no command: No closing quotation; set CC to a C compiler, or unset it$"),
         (dict(CC="false"), r"^false cannot compile picogpt.c \(.*\); set CC to another"),
         (dict(XDG_CACHE_HOME="/proc/none"), r"cannot write to /proc/none/picogpt_jax: .*; set XDG_CACHE_HOME to"),
     ],
