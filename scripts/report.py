@@ -1,6 +1,7 @@
 """One page about a training: `python scripts/report.py --workdir=runs/debug --output=runs/debug/report.html`."""
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -8,6 +9,8 @@ from picogpt_jax import cli
 from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
 from picogpt_jax.files import atomic_path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/, whose defaults a run is compared with
 
 WORKDIR = flags.DEFINE_list("workdir", None, "Workdir of scripts/train.py, or several, to compare: RUN,RUN2.")
 OUTPUT = cli.DEFINE_path("output", None, "File for the page, HTML.")

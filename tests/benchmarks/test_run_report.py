@@ -1,7 +1,10 @@
 import dataclasses
 import math
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -157,3 +160,13 @@ def test_the_script_writes_the_page(
     assert run_report.MARK in page[: run_report.MARK_WITHIN]
     assert "the first 100 of 399 targets" in page
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+def test_the_script_finds_the_configurations_by_itself(tmp_path: Path) -> None:
+    """Where the library alone is installed, as with pip."""
+    (tmp_path / "picogpt_jax").symlink_to(ROOT / "picogpt_jax")
+    command = [sys.executable, str(ROOT / "scripts/report.py"), "--workdir=nowhere", "--output=report.html"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: nowhere ")
