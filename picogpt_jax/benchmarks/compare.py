@@ -262,12 +262,17 @@ def draw(rows: Sequence[Mapping[str, Any]], png_path: str | os.PathLike[str], he
         for axes, (key, style, title) in zip(grid.flat, panels, strict=True):
             names = [row["runtime"] for row in rows if row.get(key) is not None]
             values = [abs(row[key]) for row in rows if row.get(key) is not None]
+            if not values:  # it was not measured
+                axes.set_visible(False)
+                continue
+            labels = [format(value, style) if value else "0" for value in values]
             bars = axes.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
-            axes.bar_label(bars, [format(value, style) for value in values], padding=3, fontsize=9)
+            axes.bar_label(bars, labels, padding=3, fontsize=9)
             axes.set_title(title, fontsize=10)
             if key in LOGARITHMIC:
                 axes.set_xscale("symlog", linthresh=1e-8)
             axes.margins(x=0.4)
+            axes.set_xlim(left=0, right=None if any(values) else 1)
             axes.invert_yaxis()
             axes.xaxis.set_visible(False)
             axes.tick_params(length=0)
