@@ -1,13 +1,18 @@
-"""How fast the exported int8 model is in ONNX Runtime, beside the same graph in float and beside PyTorch, on the CPU.
+"""How fast the int8 model is in C, JAX and ONNX Runtime, beside the same graph in float, PyTorch and llama.cpp, on CPU.
 
 The model is computed in both arithmetics (`speed.in_both`), and in float without quantization. "PyTorch loop" is
 picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). Of a prompt, only the last position's logits are
-computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast.
+computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast. "Passes" fill the cache
+of one stream token by token, with one thread: llama.cpp draws nothing from its logits, C does.
 """
 
+import ctypes
 import dataclasses
 import functools
+import importlib.util
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +25,14 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.int8.int8_model import Int8Model
 from picogpt_jax.int8.integer_model import IntegerModel
 from picogpt_jax.runtimes import loop
-from picogpt_jax.runtimes.engine import Overflow
+from picogpt_jax.runtimes.c_model import CGPT
+from picogpt_jax.runtimes.engine import Engine, Overflow, Sampling
+from picogpt_jax.runtimes.jax_generator import Generator
 
 TEMPERATURE = 0.8
+OVERFLOWS: tuple[Overflow, ...] = ("refill", "slide")
 PROMPTS, PASSES = 32, 20  # prompts processed together, and how often in one turn
+STREAMS, CONTEXTS = 32, 10  # texts drawn together; contexts filled in one turn
 
 LOOPS = ("PyTorch loop", "PyTorch loop, 1 thread")  # so small a model can be faster with one thread than with all
 COMPARISONS = (
@@ -36,22 +45,28 @@ COMPARISONS = (
     Comparison("ONNX float, prompts", "ONNX mixed, prompts", ">= 1.5"),
     Comparison("PyTorch float, prompts", "PyTorch integer, prompts", ">= 1.0"),
     Comparison("PyTorch float, prompts", "PyTorch mixed, prompts", ">= 1.5"),
+    Comparison("JAX integer, refill", "C, refill", ">= 5.0"),
+    Comparison("ONNX mixed, refill", "C, refill", ">= 6.0"),
+    Comparison(f"JAX integer, {STREAMS} streams", f"C, {STREAMS} streams", ">= 2.0"),
+    Comparison("JAX mixed, slide", "C, slide", ">= 5.0"),
+    Comparison("ONNX mixed, prompts", "C, prompts", ">= 1.0"),
+    Comparison("llama.cpp, passes", "C, passes", ">= 5.0", ">= 8.0"),
 )
 
 
 def benchmark_serving(
     model: Int8Model | IntegerModel, new_tokens: int, rounds: int, with_torch: bool
 ) -> dict[str, Any]:
-    """Times one stream of text, from a prompt of one token at temperature 0.8, and the processing of prompts.
+    """Times text, from a prompt of one token at temperature 0.8, and the processing of prompts.
 
     Args:
-        new_tokens: tokens that each contender draws.
+        new_tokens: tokens that each contender draws, of each stream.
 
     Returns:
-        The report: a JSON value, see `format_report`.
+        The report: a JSON value, see `format_report`. llama.cpp is in it where it is installed.
 
     Raises:
-        UserError: `with_torch`, and PyTorch is missing.
+        UserError: there is no C compiler; or `with_torch`, and PyTorch is missing.
     """
     from picogpt_jax.formats.onnx_export import onnx_model
     from picogpt_jax.runtimes.onnx_model import OnnxGPT
@@ -64,27 +79,71 @@ def benchmark_serving(
     protos = {str(arithmetic): onnx_model(model) for arithmetic, model in models.items()}
     protos["float"] = onnx_model(models["mixed"], "float")
     sessions = {f"ONNX {kind}": OnnxGPT(proto.SerializeToString()) for kind, proto in protos.items()}
-    overflows: tuple[Overflow, ...] = ("refill", "slide")
-    streams: dict[str, Work] = {
-        f"{name}, {overflow}": _generation(session, new_tokens, overflow)
-        for overflow in overflows
-        for name, session in sessions.items()
+    c = CGPT(models["integer"])
+    jax = {f"JAX {arithmetic}": Generator.from_int8(model).generate for arithmetic, model in models.items()}
+
+    draws = jax | {name: functools.partial(loop.generate, session) for name, session in sessions.items()}
+    draws |= {"C": functools.partial(_generate, c)}
+    streams = {
+        f"{name}, {overflow}": _drawing(draw, 1, new_tokens, overflow)
+        for overflow in OVERFLOWS
+        for name, draw in draws.items()
     }
-    prompts: dict[str, Work] = {
+    side_by_side = {
+        f"{name}, {STREAMS} streams": _drawing(draws[name], STREAMS, new_tokens, "refill") for name in (*jax, "C")
+    }
+    prompts = {
         f"{name}, prompts": _passes(functools.partial(session.forward, prompts_BT, last_only=True))
-        for name, session in sessions.items()
+        for name, session in ({"C": c} | sessions).items()
     }
+    in_context = CONTEXTS * (prompt_tokens - 1)
+    passes = {"C, passes": _drawing(draws["C"], 1, prompt_tokens - 1, "refill", CONTEXTS)}
+    if importlib.util.find_spec("llama_cpp"):
+        passes["llama.cpp, passes"] = _llama_cpp_passes(models["mixed"])
     if with_torch:
         torch_streams, torch_prompts, settings["torch_threads"] = _torch_work(models, new_tokens, prompts_BT)
         streams, prompts = streams | torch_streams, prompts | torch_prompts
-    timings = take_turns(streams | prompts, rounds)
-    tokens = dict.fromkeys(streams, new_tokens) | dict.fromkeys(prompts, PASSES * prompts_BT.size)
+    timings = take_turns(streams | side_by_side | prompts | passes, rounds)
+    tokens = dict.fromkeys(streams, new_tokens) | dict.fromkeys(side_by_side, STREAMS * new_tokens)
+    tokens |= dict.fromkeys(prompts, PASSES * prompts_BT.size) | dict.fromkeys(passes, in_context)
     return make_report("serve", settings, throughput(timings, tokens), timings, COMPARISONS)
 
 
-def _generation(model: Any, new_tokens: int, overflow: Overflow) -> Work:
-    prompt_BT = np.zeros((1, 1), np.int64)
-    return lambda: loop.generate(model, prompt_BT, new_tokens, temperature=TEMPERATURE, overflow=overflow)
+def _drawing(draw: Callable[..., object], streams: int, new_tokens: int, overflow: Overflow, times: int = 1) -> Work:
+    prompt_BT = np.zeros((streams, 1), np.int32)
+
+    def work() -> None:
+        for _ in range(times):
+            draw(prompt_BT, new_tokens, temperature=TEMPERATURE, overflow=overflow)
+
+    return work
+
+
+def _generate(engine: Engine, prompt_BT: npt.NDArray[np.integer], new_tokens: int, **settings: Any) -> None:
+    for _ in engine.pieces(prompt_BT, Sampling(new_tokens, **settings)):
+        pass
+
+
+def _llama_cpp_passes(model: Int8Model) -> Work:
+    """Single tokens until the context is full, through the functions of the C library."""
+    from llama_cpp import llama_batch_get_one, llama_cpp, llama_decode
+
+    from picogpt_jax.formats.gguf_export import save_gguf
+    from picogpt_jax.runtimes.llama_cpp_model import LlamaCppGPT
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_gguf(model, Path(folder) / "model.gguf")
+        llama = LlamaCppGPT(Path(folder) / "model.gguf")._llama
+    batch, context = llama_batch_get_one((ctypes.c_int32 * 1)(), 1), llama.ctx
+    llama_cpp.llama_set_n_threads(context, 1, 1)
+
+    def work() -> None:
+        for _ in range(CONTEXTS):
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            for _ in range(model.model.block_size - 1):
+                llama_decode(context, batch)
+
+    return work
 
 
 def _passes(forward: Callable[[], object]) -> Work:

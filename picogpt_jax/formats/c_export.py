@@ -20,7 +20,7 @@ from picogpt_jax.text.vocabulary import TokenIds
 
 LARGEST_HEADER = 8 << 20  # bytes of weights; a compiler takes seconds for as many
 HEADER_FILE, WEIGHTS_FILE = "model.h", "model.bin"
-PROGRAM_FILES = ("picogpt.c", "picogpt.h", "main.c", "Makefile", "README.md")
+PROGRAM_FILES = ("picogpt.c", "picogpt.h", "avx512.h", "main.c", "Makefile", "README.md")
 BUILT = {"picogpt", "picogpt.exe", "picogpt.o", "main.o"}
 CHECKED_TOKENS = 16
 

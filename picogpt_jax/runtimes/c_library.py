@@ -23,9 +23,10 @@ from picogpt_jax.text.vocabulary import TokenIds
 
 # The first that the compiler takes. Vectors of 512 bits are too long for most rows of a small model.
 OPTIONS = (("-O3", "-march=native", "-mprefer-vector-width=256"), ("-O3", "-march=native"), ("-O3",))
-PLAIN = ("-std=c99", "-shared", "-fPIC")
+PLAIN = ("-std=c99", "-shared", "-fPIC", "-include", str(SOURCES / "avx512.h"))
 SELF_TEST_DIGEST = 0x5BB15E86  # what NumPy computes
 SELF_TEST_CHUNK = 4
+MODEL_BYTES = 1024  # room for a picogpt_model
 
 
 class State(ctypes.Structure):
@@ -44,7 +45,7 @@ class Weights:
 
     def __init__(self, library: ctypes.CDLL, model: IntegerModel) -> None:
         content = np.frombuffer(packed(model, 0), np.uint8)
-        self._bytes, self.model = aligned(len(content)), ctypes.create_string_buffer(1024)
+        self._bytes, self.model = aligned(len(content)), ctypes.create_string_buffer(MODEL_BYTES)
         self._bytes[:] = content
         if not library.picogpt_open(self.model, self._bytes.ctypes.data, len(content)):
             raise ValueError("picogpt.c reads another file than c_weights.py packs")
@@ -78,9 +79,9 @@ def library() -> ctypes.CDLL:
         UserError: it is not there yet, and there is no compiler, or none that works, or no place to keep it.
     """
     command, folder = compiler(), cache_folder()
-    source = b"".join((SOURCES / name).read_bytes() for name in ("picogpt.h", "picogpt.c"))
+    source = b"".join((SOURCES / name).read_bytes() for name in ("picogpt.h", "avx512.h", "picogpt.c"))
     name, features = cpu()
-    key = _hash(source, OPTIONS, PLAIN, name, sorted(features))
+    key = _hash(source, OPTIONS, name, sorted(features))
     if command is None:
         kept = sorted(folder.glob(f"picogpt-{key}-*.so"))
     else:

@@ -1,6 +1,7 @@
 """The benchmark: turns, ratios, the report, and that PyTorch's side computes what it is said to; no timings."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -192,13 +193,16 @@ def test_serve_reports_every_runtime(monkeypatch: pytest.MonkeyPatch, with_torch
     report = serving.benchmark_serving(model, new_tokens=9, rounds=1, with_torch=with_torch)
     kinds = (*speed.ARITHMETICS, "float")
     ours = [f"ONNX {kind}, {what}" for kind in kinds for what in ("refill", "slide", "prompts")]
+    jax = [f"JAX {kind}, {what}" for kind in speed.ARITHMETICS for what in ("refill", "slide", "32 streams")]
+    c = [f"C, {what}" for what in ("refill", "slide", "32 streams", "prompts", "passes")]
+    llama_cpp = ["llama.cpp, passes"] if importlib.util.find_spec("llama_cpp") else []
     others = [*serving.LOOPS, *(f"PyTorch {kind}, prompts" for kind in kinds)] if with_torch else []
-    assert set(report["figures"]) == {*ours, *others}
+    assert set(report["figures"]) == {*ours, *others, *jax, *c, *llama_cpp}
     seconds = {name: timing["rounds"][0] for name, timing in report["seconds"].items()}
     figures = {name: figures["tokens_per_second"] for name, figures in report["figures"].items()}
     assert figures["ONNX integer, slide"] == 9 / seconds["ONNX integer, slide"]
     assert figures["ONNX integer, prompts"] == serving.PASSES * 2 * 8 / seconds["ONNX integer, prompts"]
-    assert len(report["ratios"]) == (len(serving.COMPARISONS) if with_torch else 6)
+    assert len(report["ratios"]) == len(serving.COMPARISONS) - (4 - 4 * with_torch) - 1 + len(llama_cpp)
     assert "time of ONNX float, slide / ONNX integer, slide" in format_report(report)
 
 

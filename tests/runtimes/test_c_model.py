@@ -1,5 +1,6 @@
 """C, from Python: the bits of NumPy's logits, every runtime's texts, and a library that is compiled once."""
 
+import ctypes
 import itertools
 import shutil
 import subprocess
@@ -116,6 +117,16 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_digest_of_the_self_test_is_numpys() -> None:
     assert logits_digest(c_library.self_test_model()) == c_library.SELF_TEST_DIGEST
+
+
+def test_python_reserves_enough_for_a_state_and_a_model(tmp_path: Path) -> None:
+    room = (
+        f"sizeof(picogpt_state) <= {ctypes.sizeof(c_library.State)} && sizeof(picogpt_model) <= {c_library.MODEL_BYTES}"
+    )
+    source = tmp_path / "check.c"
+    source.write_text(f'#include "picogpt.h"\nchar fits[{room} ? 1 : -1];\n')
+    command = [*(c_library.compiler() or ()), "-I", str(c_library.SOURCES), "-c", str(source), "-o", "check.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 def load_anew() -> None:

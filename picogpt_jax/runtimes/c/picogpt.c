@@ -9,7 +9,7 @@ enum {
     HEAD_BITS = 12,
     NORM_BITS = 12,
     GELU_BITS = 8,
-    OFFSET = 128,   /* of codes of activations */
+    OFFSET = 128,   /* of codes without a sign: of all activations but values */
     NEVER = -10000, /* below every exponent */
     LANES = 8,      /* values that are added up side by side */
     ROWS = 16       /* of a matrix, that several vectors meet in turn */
@@ -86,39 +86,35 @@ static int32_t fit(int32_t largest)
     return t + (shift(largest, t) > 127);
 }
 
-/* Codes and their exponent. */
-static int32_t quantize(uint8_t *restrict codes, const int32_t *restrict u, int32_t count)
+/* Codes, each `offset` above what it says, and their exponent. */
+static int32_t quantize(uint8_t *restrict codes, const int32_t *restrict u, int32_t count, int32_t offset)
 {
     const int32_t t = fit(largest_magnitude(u, count));
     int32_t i;
     for (i = 0; i < count; i++)
-        codes[i] = (uint8_t)(shift(u[i], t) + OFFSET);
+        codes[i] = (uint8_t)(shift(u[i], t) + offset);
     return t;
 }
 
-/* The product of two vectors of codes: most of the time is spent here. A port may have a faster one. One of the vectors
- * is without a sign: processors have an instruction for such bytes. Compilers find it in a loop as plain as this. */
-#ifndef PICOGPT_DOT
-#define PICOGPT_DOT dot
-static inline int32_t dot(const int8_t *restrict row, const uint8_t *restrict codes, int32_t count)
+/* y [count]: the products of `count` pairs of vectors of codes; of one of the two the step is 0: it is always the same.
+ * Most of the time is spent here. A port may have a faster one. One of the vectors is without a sign: processors have an
+ * instruction for such bytes, which compilers find in a loop as plain as this. */
+#ifndef PICOGPT_PRODUCTS
+#define PICOGPT_PRODUCTS products
+static inline void products(int32_t *restrict y, int32_t count, const int8_t *restrict a, int32_t a_step,
+                            const uint8_t *restrict b, int32_t b_step, int32_t length)
 {
-    int32_t i, sum = 0;
-    for (i = 0; i < count; i++)
-        sum += row[i] * codes[i];
-    return sum;
+    int32_t o, i;
+    for (o = 0; o < count; o++, a += a_step, b += b_step) {
+        int32_t sum = 0;
+        for (i = 0; i < length; i++)
+            sum += a[i] * b[i];
+        y[o] = sum;
+    }
 }
 #endif
 
 /* ---- the parts of the model ---- */
-
-/* The products of one vector of codes and some rows, which stay in a processor's cache for the next vector. */
-static void products(int32_t *restrict y, const int8_t *restrict weights, int32_t rows, const uint8_t *restrict codes,
-                     int32_t columns)
-{
-    int32_t o;
-    for (o = 0; o < rows; o++, weights += columns)
-        y[o] = PICOGPT_DOT(weights, codes, columns);
-}
 
 /* y [count, rows] of codes [count, columns] with their exponents e [count]. */
 static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, int32_t columns, int32_t is_per_channel,
@@ -133,7 +129,8 @@ static void linear(const picogpt_matrix *matrix, int32_t layer, int32_t rows, in
     int32_t o, t;
     for (o = 0; o < rows; o += ROWS, weights += ROWS * columns)
         for (t = 0; t < count; t++)
-            products(y + t * rows + o, weights, smaller(rows - o, ROWS), codes + t * columns, columns);
+            PICOGPT_PRODUCTS(y + t * rows + o, smaller(rows - o, ROWS), weights, columns, codes + t * columns, 0,
+                             columns);
     for (t = 0; t < count; t++, y += rows) {
         const int32_t s = -(e[t] + fraction_bits);
         if (is_per_channel)
@@ -180,7 +177,7 @@ static int32_t norm(const picogpt_state *state, const picogpt_norm *parameters, 
             u[i] = clip(shift(u[i], -(e + NORM_BITS)), LIMIT) + biases[i];
         e = -NORM_BITS;
     }
-    return quantize(codes, u, width) + e;
+    return quantize(codes, u, width, OFFSET) + e;
 }
 
 static void activate(int32_t *u, int32_t count, int32_t is_relu)
@@ -205,16 +202,16 @@ static size_t head_offset(const picogpt_model *model, int32_t layer, int32_t hea
     return ((size_t)layer * (size_t)model->n_head + (size_t)head) * (size_t)model->block_size;
 }
 
-/* Puts the keys, or the values, of a position [n_embd] into the cache. */
+/* Puts the keys, or the values, of a position [n_embd] into the cache, `offset` above what they say. */
 static void remember(const picogpt_state *state, int32_t layer, int32_t position, const int32_t *u, uint8_t *cache,
-                     int8_t *exponents)
+                     int8_t *exponents, int32_t offset)
 {
     const picogpt_model *model = state->model;
     const int32_t size = model->n_embd / model->n_head;
     int32_t h;
     for (h = 0; h < model->n_head; h++, u += size) {
         const size_t place = head_offset(model, layer, h) + (size_t)position;
-        exponents[place] = (int8_t)quantize(cache + place * (size_t)size, u, size);
+        exponents[place] = (int8_t)quantize(cache + place * (size_t)size, u, size, offset);
     }
 }
 
@@ -228,21 +225,21 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
     const int32_t weight_bits = 8 - bits((uint32_t)(state->model->block_size - 1) >> 9);
     const int32_t cap = (24 - bits((uint32_t)(127 * 127) * (uint32_t)size)) >> 1;
     const int32_t query_fit = fit(largest_magnitude(query, size)), query_exponent = smaller(query_fit - 8, cap);
+    int8_t *restrict codes = state->query;
     int32_t *restrict score = state->scores;
-    int32_t i, j, excess = 0, largest = -(1 << 25), sum = 0;
+    int32_t i, j, exponent, excess = 0, largest = -(1 << 25), sum = 0;
     uint32_t reach = 0;
     for (i = 0; i < size; i++) {
         const int32_t code = shift(query[i], query_fit);
-        state->query[i] = (int8_t)code;
+        codes[i] = (int8_t)code;
         excess += OFFSET * code;
     }
-    for (j = 0; j < keys; j++, key += size)
-        score[j] = PICOGPT_DOT(state->query, key, size) - excess;
+    PICOGPT_PRODUCTS(score, keys, codes, 0, key, size, size);
     for (j = 0; j < keys; j++) {
         const int32_t e = query_exponent + smaller(key_exponents[j] - 8, cap);
         const int32_t right = larger(-e, 0), left = larger(e, 0);
         const int32_t half = (int32_t)(((uint32_t)1 << right) >> 1);
-        score[j] = floor_shift(score[j] + half, right) * ((int32_t)1 << left);
+        score[j] = floor_shift(score[j] - excess + half, right) * ((int32_t)1 << left);
         largest = larger(largest, score[j]);
     }
     for (j = 0; j < keys; j++) {
@@ -252,14 +249,14 @@ static int32_t weigh(const picogpt_state *state, size_t offset, const int32_t *q
         sum += p;
         reach |= (uint32_t)p << value_exponents[j]; /* as many bits as the largest of them */
     }
-    *top = bits(reach) - weight_bits;
+    *top = exponent = bits(reach) - weight_bits;
     for (j = 0; j < keys; j++)
-        score[j] = smaller(shift(score[j], *top - value_exponents[j]), ((int32_t)1 << weight_bits) - 1);
+        score[j] = smaller(shift(score[j], exponent - value_exponents[j]), ((int32_t)1 << weight_bits) - 1);
     return sum;
 }
 
 /* LANES features of the sum of all values [keys, size], each times its weight; they stay in registers. */
-static void mix(int32_t *restrict o, const int32_t *restrict weights, const uint8_t *restrict values, int32_t keys,
+static void mix(int32_t *restrict o, const int32_t *restrict weights, const int8_t *restrict values, int32_t keys,
                 int32_t size)
 {
     int32_t sums[LANES] = {0}, i, j;
@@ -278,19 +275,15 @@ static int32_t attend(const picogpt_state *state, int32_t layer, int32_t positio
     int32_t h, i, j, t = NEVER;
     for (h = 0; h < model->n_head; h++) {
         const size_t offset = head_offset(model, layer, h);
-        const uint8_t *restrict value = state->values + offset * (size_t)size;
+        const int8_t *restrict value = (const int8_t *)state->values + offset * (size_t)size;
         int32_t *restrict o = state->heads + h * size;
-        int32_t excess = 0, top, n, sum_bits, narrow, r, largest;
+        int32_t top, n, sum_bits, narrow, r, largest;
         const int32_t sum = weigh(state, offset, query + h * size, size, position + 1, &top);
-        for (j = 0; j <= position; j++)
-            excess += OFFSET * state->scores[j];
         for (i = 0; i + LANES <= size; i += LANES)
             mix(o + i, state->scores, value + i, position + 1, size);
         for (; i < size; i++)
             for (o[i] = 0, j = 0; j <= position; j++)
                 o[i] += state->scores[j] * value[j * size + i];
-        for (i = 0; i < size; i++)
-            o[i] -= excess;
         n = larger(bits((uint32_t)largest_magnitude(o, size)) - 15, 0);
         sum_bits = bits((uint32_t)sum) - 8;
         narrow = shift(sum, sum_bits);
@@ -347,8 +340,8 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
         linear(&m->c_attn, layer, 3 * width, width, scales, codes, e, count, HEAD_BITS, wide);
         for (t = 0; t < count; t++) {
             const int32_t *key = wide + t * 3 * width + width;
-            remember(state, layer, first + t, key, state->keys, state->key_exponents);
-            remember(state, layer, first + t, key + width, state->values, state->value_exponents);
+            remember(state, layer, first + t, key, state->keys, state->key_exponents, OFFSET);
+            remember(state, layer, first + t, key + width, state->values, state->value_exponents, 0);
         }
         if (layer + 1 == m->n_layer) { /* what comes after is for logits alone */
             skipped = count - rows;
@@ -364,7 +357,7 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
         linear(&m->c_fc, layer, hidden, width, scales, codes, e, count, m->is_relu ? RESIDUAL_BITS : GELU_BITS, wide);
         activate(wide, count * hidden, m->is_relu);
         for (t = 0; t < count; t++)
-            e[t] = quantize(codes + t * hidden, wide + t * hidden, hidden) - RESIDUAL_BITS;
+            e[t] = quantize(codes + t * hidden, wide + t * hidden, hidden, OFFSET) - RESIDUAL_BITS;
         linear(&m->mlp_c_proj, layer, width, hidden, scales, codes, e, count, RESIDUAL_BITS, wide);
         add(x, wide, count * width);
     }

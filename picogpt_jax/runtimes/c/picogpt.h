@@ -50,7 +50,7 @@ typedef struct {
     int32_t position; /* tokens in the cache */
     int32_t chunk, root_bits, root;
     int32_t *ids, *x, *wide, *exponents, *scores, *heads, *head_exponents;
-    uint8_t *keys, *values, *codes; /* 128 above what they say, as are all codes of activations */
+    uint8_t *keys, *values, *codes; /* keys and codes are 128 above what they say, values have a sign */
     int8_t *key_exponents, *value_exponents, *query;
 } picogpt_state;
 
