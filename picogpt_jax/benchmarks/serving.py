@@ -3,7 +3,8 @@
 The model is computed in both arithmetics (`speed.in_both`), and in float without quantization. "PyTorch loop" is
 picoGPT's way of sampling (`benchmarks.torch_baseline.Decoding`). Of a prompt, only the last position's logits are
 computed. PyTorch has a thread per core, or one ("1 thread"); ONNX Runtime as many as are fast. "Passes" fill the cache
-of one stream token by token, with one thread: llama.cpp draws nothing from its logits, C does.
+of one stream token by token, with one thread: llama.cpp draws nothing from its logits, C does. Of JAX is here
+what C is compared with; `speed.benchmark_decoding` has all of it.
 """
 
 import ctypes
@@ -80,17 +81,20 @@ def benchmark_serving(
     protos["float"] = onnx_model(models["mixed"], "float")
     sessions = {f"ONNX {kind}": OnnxGPT(proto.SerializeToString()) for kind, proto in protos.items()}
     c = CGPT(models["integer"])
-    jax = {f"JAX {arithmetic}": Generator.from_int8(model).generate for arithmetic, model in models.items()}
+    jax = {arithmetic: Generator.from_int8(model).generate for arithmetic, model in models.items()}
 
-    draws = jax | {name: functools.partial(loop.generate, session) for name, session in sessions.items()}
-    draws |= {"C": functools.partial(_generate, c)}
+    draws = {"C": functools.partial(_generate, c)}
+    draws |= {name: functools.partial(loop.generate, session) for name, session in sessions.items()}
     streams = {
         f"{name}, {overflow}": _drawing(draw, 1, new_tokens, overflow)
         for overflow in OVERFLOWS
         for name, draw in draws.items()
     }
+    streams["JAX integer, refill"] = _drawing(jax["integer"], 1, new_tokens, "refill")
+    streams["JAX mixed, slide"] = _drawing(jax["mixed"], 1, new_tokens, "slide")
     side_by_side = {
-        f"{name}, {STREAMS} streams": _drawing(draws[name], STREAMS, new_tokens, "refill") for name in (*jax, "C")
+        f"{name}, {STREAMS} streams": _drawing(draw, STREAMS, new_tokens, "refill")
+        for name, draw in (("JAX integer", jax["integer"]), ("C", draws["C"]))
     }
     prompts = {
         f"{name}, prompts": _passes(functools.partial(session.forward, prompts_BT, last_only=True))
