@@ -18,6 +18,7 @@ from picogpt_jax.errors import UserError, reason
 LOCK_FILE = ".lock"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _BEYOND = 1 << 13  # bytes: more than is left in a page of a file
+MARK_WITHIN = 1000  # first bytes of a page of ours
 
 
 def disk_failure(error: BaseException | None) -> str | None:
@@ -124,6 +125,26 @@ def check_replaceable(folder: str | os.PathLike[str], names: Collection[str]) ->
     others = sorted(path.name for path in folder.iterdir() if path.name not in names) if folder.is_dir() else []
     if others:
         raise UserError(f"{folder} is a folder of other files ({others[0]}), which would be replaced; name a new one")
+
+
+def check_own_page(path: str | os.PathLike[str], mark: str, kind: str) -> None:
+    """Refuses to replace a file that is not of this kind: whose beginning lacks `mark`.
+
+    Raises:
+        UserError: it is another one, or a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--output={path} is a folder; a file is written there: add a name such as {kind}.html")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(MARK_WITHIN)
+    except OSError as error:
+        raise UserError(f"cannot read --output={path}: {error.strerror}; name a new file") from None
+    if mark.encode() not in beginning:
+        raise UserError(f"--output={path} is another file than a {kind}, which would be replaced; name a new one")
 
 
 @contextlib.contextmanager

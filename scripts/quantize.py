@@ -54,6 +54,8 @@ def main() -> None:
     from picogpt_jax.formats import sources
     from picogpt_jax.int8 import convert
     from picogpt_jax.int8.integer_model import IntegerModel
+    from picogpt_jax.training.metrics import METRICS_FILE
+    from picogpt_jax.training.plot import curves_to_json
 
     source = sources.load_float(WORKDIR.value)
     quant = source.quant
@@ -61,11 +63,17 @@ def main() -> None:
         quant = dataclasses.replace(quant, weight_granularity=GRANULARITY.value)
     if ACTIVATION_BITS.value:
         quant = dataclasses.replace(quant, activation_bits=8 if ACTIVATION_BITS.value == "8" else None)
-    training = {
+    training: dict[str, object] = {
         "step": source.step,
         "val_loss": source.val_loss,
         "dataset": (Path(source.run.data.dir).name if source.run else "") or Path(WORKDIR.value).name,
     }
+    metrics = Path(WORKDIR.value) / METRICS_FILE
+    if metrics.is_file():
+        try:
+            training["curve"] = curves_to_json(metrics)
+        except UserError as error:  # the model does without
+            print(f"no curve of the training: {error}")
     arithmetic = ARITHMETIC.value or source.quant.arithmetic
     ids = sources.validation_ids(source)
     tokens_BT, text = sources.example(source, ids)

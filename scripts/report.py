@@ -8,7 +8,7 @@ from absl import flags
 from picogpt_jax import cli
 from picogpt_jax.devices.setup import set_up_jax
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import atomic_path
+from picogpt_jax.files import atomic_path, check_own_page
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/, whose defaults a run is compared with
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     if START.value == "":
         raise UserError("--start is empty; give at least one character")
-    run_report.check_output(OUTPUT.value)
+    check_own_page(OUTPUT.value, run_report.MARK, "report")
     workdirs = run_report.named(WORKDIR.value, run_page.MOST_RUNS)
     histories = [run_report.read_history(workdir, name) for name, workdir in workdirs.items()]
     with atomic_path(OUTPUT.value) as temporary:  # before the minutes of work, which would be for nothing

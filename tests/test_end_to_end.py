@@ -196,6 +196,8 @@ def test_the_int8_model_says_where_it_comes_from(int8: Path, quantized: Done) ->
     assert training["val_loss"] < 2.6
     assert training["dataset"] == "data"
     assert training["quantization_aware"] is True
+    assert training["curve"]["train"]["step"][-1] == STEPS
+    assert len(training["weight_errors"]) == 2 + 4 * json.loads((int8 / "config.json").read_text())["model"]["n_layer"]
     how = "trained with quantization (QAT); mixed arithmetic, weights per_channel, activation_bits 8"
     assert how in quantized.stdout
     size = sum((int8 / name).stat().st_size for name in ("model.safetensors", "config.json", "vocab.json"))

@@ -6,17 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from picogpt_jax.benchmarks.run_charts import (
-    MARKERS,
-    Line,
-    bar_chart,
-    decibels,
-    line_chart,
-    short_name,
-    swatch,
-    thinned,
-)
+from picogpt_jax.benchmarks.run_charts import bar_chart, decibels, short_name
 from picogpt_jax.benchmarks.run_report import FLOAT, MARK, SAMPLING, History, Measurement
+from picogpt_jax.formats.charts import MARKERS, Line, line_chart, swatch, thinned
 from picogpt_jax.training.plot import loss_limits, smooth
 
 MOST_RUNS = len(MARKERS)

@@ -28,7 +28,6 @@ from picogpt_jax.training.plot import Curve, loss_curves
 SAMPLING = Sampling(max_new_tokens=500, temperature=0.8, seed=1337)  # the defaults of scripts/sample.py
 FLOAT = "float parameters"  # the form that others are compared with
 MARK = '<meta name="generator" content="picogpt_jax report">'  # of a file that a new report may replace
-MARK_WITHIN = 1000  # first bytes of such a file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,23 +199,3 @@ def measure(history: History, start: str | None = None, max_tokens: int | None =
         prompt=prompt,
         samples=samples,
     )
-
-
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Refuses to replace what is not an earlier report.
-
-    Raises:
-        UserError: there is a folder, or a file of another kind.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--output={path} is a folder; a file is written there: add a name such as report.html")
-    if not path.exists():
-        return
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(MARK_WITHIN)
-    except OSError as error:
-        raise UserError(f"cannot read --output={path}: {error.strerror}; name a new file") from None
-    if MARK.encode() not in beginning:
-        raise UserError(f"--output={path} is another file than a report, which would be replaced; name a new one")

@@ -201,7 +201,7 @@ def quantized(
     tokens_BT: npt.NDArray[np.integer],
     arithmetic: Literal["mixed", "integer"] = "mixed",
 ) -> tuple[Int8Model | IntegerModel, list[TensorReport]]:
-    """The model of whatever was trained, and its report; `training` gets a key "quantization_aware".
+    """The model of whatever was trained, and its report; `training` gets what README.md says of the codes.
 
     What was trained with quantization (`qat`) is served with the codes of training, unless products are so bad that it
     cannot have been trained with these. In all else LayerNorms are folded first.
@@ -224,7 +224,8 @@ def quantized(
         rows = report(parts, model, tokens_BT)
         if not any(row.is_bad and row.name.endswith(FOLDABLE) for row in rows):
             break
-    return model, rows
+    errors = {row.name: float(f"{10 ** (-row.sqnr_db / 20):.3g}") for row in rows}
+    return dataclasses.replace(model, training=model.training | {"weight_errors": errors}), rows
 
 
 def report(params: Any, served: Int8Model | IntegerModel, tokens_BT: npt.NDArray[np.integer]) -> list[TensorReport]:

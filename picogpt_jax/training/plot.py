@@ -134,6 +134,20 @@ def loss_curves(run: Metrics, label: str) -> tuple[Curve, Curve]:
     return train.reshape(-1, 2).T, val.reshape(-1, 2).T
 
 
+def curves_to_json(run: Metrics, most: int = 100) -> dict[str, dict[str, list[float]]]:
+    """The loss curves in few numbers, which a model carries: the training loss smoothed; of each `most` points at most.
+
+    Raises:
+        UserError: as `plot_loss`.
+    """
+    train, val = loss_curves(run, "")
+    found = {}
+    for name, steps, losses in (("train", train[0], smooth(train[1])), ("val", *val)):
+        kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), most)).round().astype(int))
+        found[name] = {"step": steps[kept].astype(int).tolist(), "loss": losses[kept].round(4).tolist()}
+    return found
+
+
 def loss_limits(curves: Iterable[tuple[Curve, Curve]]) -> tuple[float, float]:
     """The range of the losses, without the first steep steps of each run."""
     shown = []

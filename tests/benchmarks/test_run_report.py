@@ -15,7 +15,7 @@ from tiny import TRAIN_BIN, VOCABULARY, tiny_config
 
 from picogpt_jax.benchmarks import run_page, run_report
 from picogpt_jax.errors import UserError
-from picogpt_jax.files import write_json
+from picogpt_jax.files import MARK_WITHIN, check_own_page, write_json
 from picogpt_jax.formats import loading, sources
 from picogpt_jax.formats.sources import load_float
 from picogpt_jax.text.vocabulary import Vocabulary
@@ -117,14 +117,14 @@ def test_only_a_report_is_replaced(
 ) -> None:
     page = run_page.page([(history, measured)], history.config.to_dict())
     file = tmp_path / "report.html"
-    run_report.check_output(file)
+    check_own_page(file, run_report.MARK, "report")
     file.write_text(page, encoding="utf-8")
-    run_report.check_output(file)
+    check_own_page(file, run_report.MARK, "report")
     file.write_text("<html>my notes</html>")
     with pytest.raises(UserError, match="another file than a report, which would be replaced; name a new one"):
-        run_report.check_output(file)
+        check_own_page(file, run_report.MARK, "report")
     with pytest.raises(UserError, match="is a folder; a file is written there"):
-        run_report.check_output(tmp_path)
+        check_own_page(tmp_path, run_report.MARK, "report")
 
 
 def test_the_script_refuses_in_one_line_and_leaves_nothing(run_script: RunScript, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_script_writes_the_page(
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "new/report.html").read_text(encoding="utf-8")
     assert done.stdout == f"wrote new/report.html: {len(page.encode()):,} bytes\n"
-    assert run_report.MARK in page[: run_report.MARK_WITHIN]
+    assert run_report.MARK in page[:MARK_WITHIN]
     assert "the first 100 of 399 targets" in page
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
 

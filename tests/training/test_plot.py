@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.training.plot import loss_figure, plot_loss, smooth
+from picogpt_jax.training.plot import curves_to_json, loss_figure, plot_loss, smooth
 
 pytest.importorskip("matplotlib")
 
@@ -53,6 +53,16 @@ def test_the_second_axis_is_in_bits() -> None:
 def test_the_first_steep_steps_do_not_squeeze_the_rest() -> None:
     spike = [{"step": 0, "split": "train", "loss": 1e6}, *EVENTS]
     assert loss_figure(spike, "a run").axes[0].get_ylim()[1] < 1e5
+
+
+def test_a_model_carries_the_curves_in_few_numbers() -> None:
+    found = curves_to_json(EVENTS)
+    assert found["val"] == {"step": [0, 100, 200, 300], "loss": [4.0, 2.0, 1.5, 1.75]}
+    steps, losses = found["train"]["step"], found["train"]["loss"]
+    assert (len(steps), steps[0], steps[-1]) == (100, 0, 300)
+    assert losses == sorted(losses, reverse=True)
+    assert len(json.dumps(found, indent=2)) < 10_000
+    assert curves_to_json(EVENTS[-1:])["train"] == {"step": [], "loss": []}
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
