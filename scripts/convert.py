@@ -20,11 +20,11 @@ OUTPUT = cli.DEFINE_path("output", None, "The file or folder to write.")
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["torch", "torch-int8", "huggingface", "gguf", "onnx", "c", "checkpoint"],
+    ["torch", "torch-int8", "huggingface", "gguf", "onnx", "c", "web", "checkpoint"],
     "torch: nanoGPT's float ckpt.pt; torch-int8: picoGPT's int8 file; huggingface: a folder for transformers, GPT-2 in "
     "float with its tokenizer; gguf: a file for llama.cpp, Q8_0; onnx: an int8 folder for ONNX Runtime, with Optimum's "
-    "names; c: an int8 folder of integer arithmetic as a program in C; checkpoint: a workdir to train further, of any "
-    "model.",
+    "names; c: an int8 folder of integer arithmetic as a program in C; web: the same as an HTML page that runs it; "
+    "checkpoint: a workdir to train further, of any model.",
 )
 REQUANTIZE = flags.DEFINE_enum(
     "requantize", None, ["per_tensor"], "For picoGPT's own loader: one scale per matrix, made from one per channel."
@@ -160,15 +160,25 @@ def to_onnx() -> None:
 def to_c() -> None:
     from picogpt_jax.formats.c_export import save_c
 
-    model = sources.load_int8(INPUT.value)
-    if not isinstance(model, IntegerModel):
-        make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
-        raise UserError(
-            f"{INPUT.value} computes in floats between its products, and C in integers; make one with: {make}"
-        )
-    files = save_c(model, OUTPUT.value)
+    files = save_c(load_integer(), OUTPUT.value)
     size = (Path(OUTPUT.value) / files[-1]).stat().st_size
     print(f"wrote {OUTPUT.value}: a program in C with its model in {files[-1]} of {size:,} bytes; build it with: make")
+
+
+def to_web() -> None:
+    from picogpt_jax.formats.web_export import save_web
+
+    size = save_web(load_integer(), OUTPUT.value)
+    print(f"wrote {OUTPUT.value}: a page of {size:,} bytes with the model in it; open it in a browser")
+
+
+def load_integer() -> IntegerModel:
+    """The int8 model, for what computes as C does."""
+    model = sources.load_int8(INPUT.value)
+    if isinstance(model, IntegerModel):
+        return model
+    make = command("scripts/quantize.py", workdir="WORKDIR", arithmetic="integer", output="INT8_FOLDER")
+    raise UserError(f"{INPUT.value} computes in floats between its products, and C in integers; make one with: {make}")
 
 
 def loss(model: Int8Model) -> float:
@@ -189,6 +199,7 @@ FORMATS = {
     "gguf": to_gguf,
     "onnx": to_onnx,
     "c": to_c,
+    "web": to_web,
     "checkpoint": to_checkpoint,
 }
 
