@@ -32,7 +32,7 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (its_input, self._output), (self._input, its_output) = os.pipe(), os.pipe()
         name = chromium()
-        assert name is not None
+        assert name is not None, "no Chromium; install one, such as: apt-get install chromium"
         command = [name, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         command += ["--no-sandbox"] * (os.geteuid() == 0)  # which Chromium wants of root
         script = f"exec {shlex.join(command)} 3<&{its_input} 4>&{its_output}"  # where it looks for its pipe
