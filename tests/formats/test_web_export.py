@@ -168,6 +168,26 @@ def test_the_keyboard_is_enough(browser: Browser) -> None:
 
 
 @needs_browser
+def test_a_character_tells_what_else_was_likely(browser: Browser) -> None:
+    """To a mouse that is above it, and to a finger that has been there; and the text can be copied as it is."""
+    write(browser, "a", length=50, temperature=1, top_k=0, seed=0)
+    at = "written.characters[7].span.getBoundingClientRect()"
+    browser.value("written.box.scrollIntoView({ block: 'center' })")
+    browser.wait("innerHeight > 0 && element('tip').hidden")
+    x, y = browser.value(f"[{at}.x + 2, {at}.y + 8]")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    browser.wait("written.current === 7 && !element('tip').hidden")
+    assert browser.value("element('tip').querySelectorAll('li').length") == 5
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    browser.wait("element('tip').hidden")
+    for points in ([{"x": x, "y": y}], []):
+        browser.call("Input.dispatchTouchEvent", type="touchStart" if points else "touchEnd", touchPoints=points)
+    browser.wait("!element('tip').hidden")
+    browser.value("getSelection().selectAllChildren(written.box)")
+    assert browser.value("getSelection().toString()").rstrip() == browser.value("written.box.textContent.trimEnd()")
+
+
+@needs_browser
 def test_everything_has_a_name_and_fits_a_narrow_screen(browser: Browser) -> None:
     roles = ("textbox", "slider", "spinbutton", "button", "image", "group")
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]

@@ -9,7 +9,10 @@ const MOST_BITS = 8; // the strongest colour
 /* ---- a text whose characters tell how surprising they were ---- */
 
 const NAMES = { "\n": "line break", " ": "space", "\t": "tab" };
-const named = (character) => NAMES[character] || character;
+function named(character) {
+  const shown = /\p{C}|\p{Z}/u.test(character) ? `U+${character.codePointAt(0).toString(16).padStart(4, "0")}` : character;
+  return NAMES[character] || shown;
+}
 const percent = (chance) => (chance >= 0.0995 ? `${Math.round(100 * chance)} %` : `${(100 * chance).toFixed(1)} %`);
 
 class Text {
@@ -17,7 +20,7 @@ class Text {
     this.box = box;
     this.clear();
     box.addEventListener("pointerover", ({ target }) => (target.at === undefined ? hide() : this.show(target.at)));
-    box.addEventListener("pointerleave", hide);
+    box.addEventListener("pointerleave", ({ pointerType }) => pointerType === "mouse" && hide()); // a finger leaves at once
     box.addEventListener("blur", hide);
     box.addEventListener("keydown", (event) => {
       const last = this.characters.length - 1;
@@ -33,28 +36,30 @@ class Text {
   clear() {
     this.box.replaceChildren();
     this.box.hidden = true;
+    this.line = null;
     this.characters = [];
     this.current = -1;
     this.bits = 0;
   }
 
-  /** Characters that were not guessed, of a class of the stylesheet. */
-  plain(string, kind) {
+  /** A line is a block of its own: what is added at the end leaves the others as they are drawn. */
+  add(string, kind) {
     const span = document.createElement("span");
     span.className = kind;
     span.textContent = string;
-    this.box.append(span);
+    if (!this.line) this.box.append((this.line = document.createElement("div")));
+    this.line.append(span);
+    if (string.endsWith("\n")) this.line = null;
     this.box.hidden = false;
+    return span;
   }
 
-  guessed({ tokens, bits, others, chances }, at) {
-    const span = document.createElement("span");
+  addGuessed({ tokens, bits, others, chances }, at) {
+    const span = this.add(known.characters[tokens[at]], "");
     span.at = this.characters.length;
-    span.textContent = known.characters[tokens[at]];
     span.style.setProperty("--surprise", Math.min(bits[at] / MOST_BITS, 1).toFixed(2));
     this.characters.push({ span, token: tokens[at], bits: bits[at], others: others[at], chances: chances[at] });
     this.bits += bits[at];
-    return span;
   }
 
   show(at) {
@@ -92,6 +97,7 @@ function hide() {
   document.querySelector(".current")?.classList.remove("current");
 }
 addEventListener("scroll", hide, { passive: true });
+addEventListener("pointerdown", ({ target }) => target.at === undefined && hide());
 addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 
 /** The ids of a text's characters, and those that the model does not know: character -> how often. */
@@ -180,7 +186,7 @@ element("write").addEventListener("submit", (event) => {
   const [temperature, topK, seed, count] = ["temperature", "top-k", "seed", "length"].map((id) => +element(id).value);
   hide();
   written.clear();
-  written.plain(prompt, "prompt");
+  written.add(prompt, "prompt");
   stopMeasuring();
   isWriting = true;
   element("write-button").textContent = "Stop";
@@ -189,7 +195,7 @@ element("write").addEventListener("submit", (event) => {
   const multiplier = isGreedy ? 0 : multiplierOf(temperature);
   const message = { kind: "write", prompt: ids.slice(-known.blockSize), count, isGreedy, multiplier, topK, seed };
   begin(message, ({ piece, written: sofar, seconds, isLast }) => {
-    written.box.append(...piece.tokens.map((_, at) => written.guessed(piece, at)));
+    piece.tokens.forEach((_, at) => written.addGuessed(piece, at));
     const speed = `${number.format(Math.round(sofar / seconds))} characters a second`;
     element("speed").textContent = speed;
     const bits = (written.bits / written.characters.length).toFixed(2);
@@ -222,15 +228,15 @@ element("measure").addEventListener("submit", (event) => {
   element("measure-status").textContent = "Reading …";
   const rest = [...element("own").value]; // the characters that are not shown yet
   const skip = () => {
-    while (rest.length && !idOf.has(rest[0])) measured.plain(rest.shift(), "unknown");
+    while (rest.length && !idOf.has(rest[0])) measured.add(rest.shift(), "unknown");
   };
   skip();
-  measured.plain(rest.shift(), "prompt");
+  measured.add(rest.shift(), "prompt");
   begin({ kind: "measure", text: Int32Array.from(ids) }, ({ piece, isLast }) => {
     piece.tokens.forEach((_, at) => {
       skip();
       rest.shift();
-      measured.box.append(measured.guessed(piece, at));
+      measured.addGuessed(piece, at);
     });
     if (!isLast) return;
     skip();
