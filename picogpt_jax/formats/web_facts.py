@@ -20,6 +20,7 @@ KINDS = {
     "mlp.c_fc": "network, in",
     "mlp.c_proj": "network, out",
 }
+LARGEST = 1e9  # of a step or a loss
 BARS, BAR_WIDTH, BAR_HEIGHT = 51, 3, 24  # of the counts of codes: five codes a bar
 
 
@@ -56,7 +57,7 @@ def _curve(notes: Any) -> Iterator[str]:
     try:
         train, val = (_points(notes[name]) for name in ("train", "val"))
         limits = loss_limits([(train, val)])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return
     lines = [Line(train, 0, "smooth", "training"), Line(val, 1, "val", "validation")]
     words = "; ".join(
@@ -75,8 +76,8 @@ def _curve(notes: Any) -> Iterator[str]:
 
 def _points(curve: dict[str, Any]) -> Curve:
     points = np.array([curve["step"], curve["loss"]], float).reshape(2, -1)
-    if not np.isfinite(points).all():
-        raise ValueError("a loss that is no number")
+    if not (np.abs(points) < LARGEST).all():
+        raise ValueError("no step, or no loss")
     return points
 
 
@@ -86,7 +87,7 @@ def _matrices(model: IntegerModel) -> str:
     rows = []
     for name, matrix in model.matrices.items():
         error = errors.get(name)
-        shown = f"{100 * error:.1f} %" if isinstance(error, int | float) else ""
+        shown = f"{100 * error:.1f} %" if isinstance(error, float) else ""
         cells = f"<td>{_counts(matrix.codes)}</td><td>{len(np.unique(matrix.codes))}</td>"
         cells += f"<td>{shown}</td>" if errors else ""
         rows.append(f'<tr><th scope="row">{_shown(name)}</th>{cells}</tr>')

@@ -32,6 +32,11 @@ def test_a_model_tells_what_its_folder_carries() -> None:
         {"step": None, "val_loss": None, "dataset": None, "curve": None, "weight_errors": []},
         {"curve": {"train": {"step": [1], "loss": ["x"]}, "val": {}}, "weight_errors": {"transformer.wte": "x"}},
         {"curve": {"train": {"step": [], "loss": []}, "val": {"step": [], "loss": []}}, "val_loss": 2},
+        {
+            "curve": {"train": {"step": [10**400], "loss": [1]}, "val": {}},
+            "weight_errors": {"transformer.wte": 10**400},
+        },
+        {"curve": {"train": {"step": [1], "loss": [1e300]}, "val": {"step": [], "loss": []}}, "step": 10**400},
         {"curve": {"train": {"step": [1, 2], "loss": [1]}, "val": {"step": [], "loss": []}}},
     ],
 )
