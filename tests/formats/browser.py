@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any, Self
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe"),
+    *("--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+    *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
 SECONDS = 120
 
@@ -71,6 +73,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._input], [], [], SECONDS)[0], "the browser does not answer"
             read = os.read(self._input, 1 << 16)
             assert read, "the browser has ended"
             self._buffer += read
@@ -103,11 +106,13 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **shared)
         self.call("Input.dispatchKeyEvent", type="keyUp", **shared)
 
-    def screenshot(self, path: Path, width: int, theme: str, whole: bool = True) -> None:
-        """A picture of the whole page, or of its first screen, at a width in pixels; `theme` is light or dark."""
+    def screenshot(self, path: Path, width: int, theme: str) -> None:
+        """A picture of the whole page at a width in pixels, as PNG; `theme` is light or dark."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+        self.call("Emulation.clearDeviceMetricsOverride")
+        self.call("Emulation.setEmulatedMedia", features=[])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,19 @@ def test_everything_has_a_name_and_fits_a_narrow_screen(browser: Browser) -> Non
         browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
         assert browser.value("document.documentElement.scrollWidth") <= width
     browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_browser
+def test_it_has_two_themes_and_a_narrow_form(browser: Browser, tmp_path: Path) -> None:
+    """The pictures stay in the test's folder, for people to look at."""
+    write(browser, "a", length=200, temperature=1, top_k=0, seed=0)
+    pictures = {}
+    for width in (1280, 375):
+        for theme in ("light", "dark"):
+            browser.screenshot(tmp_path / f"{theme}_{width}.png", width, theme)
+            pictures[theme, width] = (tmp_path / f"{theme}_{width}.png").read_bytes()
+            assert struct.unpack(">I", pictures[theme, width][16:20]) == (width,)
+    assert len(set(pictures.values())) == 4
 
 
 @needs_browser
