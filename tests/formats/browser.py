@@ -82,9 +82,10 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Loads a file; its scripts have run when this returns."""
+        self.value("window.isEarlier = true")
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.wait("!window.isEarlier && document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
         """Of JavaScript in the page."""
@@ -98,6 +99,10 @@ class Browser:
         while not self.value(condition):
             assert time.monotonic() < end, (condition, self.value("document.body.innerText"))
             time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Until what the page has scrolled to is drawn, and said to it: a scroll hides what floats."""
+        self.value("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
 
     def press(self, key: str, text: str = "") -> None:
         """A key, such as Tab; `text` is what it writes."""

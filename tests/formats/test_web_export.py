@@ -157,6 +157,7 @@ def test_the_keyboard_is_enough(browser: Browser) -> None:
     browser.wait("written.characters.length === 500 && !isWriting")
     browser.press("Tab")
     assert browser.value(focus) == "written"
+    browser.settle()
     browser.press("ArrowRight")
     browser.press("ArrowRight")
     assert browser.value("[written.current, element('tip').hidden]") == [1, False]
@@ -174,7 +175,7 @@ def test_a_character_tells_what_else_was_likely(browser: Browser) -> None:
     write(browser, "a", length=50, temperature=1, top_k=0, seed=0)
     at = "written.characters[7].span.getBoundingClientRect()"
     browser.value("written.box.scrollIntoView({ block: 'center' })")
-    browser.wait("innerHeight > 0 && element('tip').hidden")
+    browser.settle()
     x, y = browser.value(f"[{at}.x + 2, {at}.y + 8]")
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     browser.wait("written.current === 7 && !element('tip').hidden")
