@@ -23,7 +23,15 @@ static inline int32_t web_dot(const int8_t *restrict row, const uint8_t *restric
         sum += row[i] * codes[i];
     return sum;
 }
-#define PICOGPT_DOT web_dot
+
+#define PICOGPT_PRODUCTS web_products
+static inline void web_products(int32_t *restrict y, int32_t count, const int8_t *restrict a, int32_t a_step,
+                                const uint8_t *restrict b, int32_t b_step, int32_t length)
+{
+    int32_t o;
+    for (o = 0; o < count; o++, a += a_step, b += b_step)
+        y[o] = web_dot(a, b, length);
+}
 #include "picogpt.c"
 
 #define EXPORT __attribute__((visibility("default"), used))
