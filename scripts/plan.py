@@ -1,6 +1,6 @@
-"""Says what a training run on TPUs will need, before they are rented: memory, FLOPs, collectives, a time at best.
+"""Says what a training run will need, before TPUs or GPUs are rented: memory, FLOPs, collectives, a time at best.
 
-Compiles the real training step for a slice that is not here; needs `pip install 'picogpt_jax[tpu]'`, no TPU:
+Compiles the real step for devices that are not here; needs `pip install 'picogpt_jax[tpu]'`, for GPUs `[gpu-plan]`:
 `python scripts/plan.py --config=configs/gpt2_xl.py --topology=v5e:16x16 [--config.mesh.fsdp=16] [--json=FILE]`.
 --compare ranks meshes, batch sizes, int8 and bfloat16; --weak_scaling takes the same work a chip to larger slices.
 """
@@ -23,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # configs/ impo
 VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration; see configs/.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "v5e:16x16",
+    "Chip and shape of the slice, such as v5e:16x16; GPUs of a host, such as h100:8; 2x8: hosts.",
+)
 JSON = cli.DEFINE_path("json", None, "File for the plan, or the list of plans.")
 COMPARE = flags.DEFINE_bool("compare", False, "Rank meshes and batch sizes, int8 beside bfloat16.")
 MESHES = flags.DEFINE_list(

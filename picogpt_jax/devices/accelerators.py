@@ -15,13 +15,17 @@ def has_accelerator() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms.split(",")[0] != "cpu"
-    has_gpu = has_plugin() and any(any(Path("/dev").glob(pattern)) for pattern in GPU_NODES)
-    return has_gpu or (importlib.util.find_spec("libtpu") is not None and has_tpu())
+    return (has_plugin() and has_gpu()) or (importlib.util.find_spec("libtpu") is not None and has_tpu())
 
 
 def has_plugin() -> bool:
     """Whether a plug-in of JAX is installed, as for CUDA."""
     return importlib.util.find_spec("jax_plugins") is not None
+
+
+def has_gpu() -> bool:
+    """Whether the system shows a GPU."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in GPU_NODES)
 
 
 def has_tpu() -> bool:

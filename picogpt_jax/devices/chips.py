@@ -24,10 +24,12 @@ class Chip:
         links: to other chips.
         link_bandwidth: bytes/s of one link in one direction.
         torus_multiple: a dimension of a slice whose length is a multiple of this closes to a ring; 0: no torus.
-        topology: what the TPU compiler calls it, the part before the colon of `v5e:16x16`; None: no plans for it.
+        network_bandwidth: bytes/s a chip in one direction to other hosts, where the links end at a switch of the host's
+            chips; None: the links make one torus of all chips.
+        topology: what a plan calls it, the part before the colon of `v5e:16x16` or `h100:8`; None: no plans for it.
         cores: how the compiler is to see a chip's cores, where it is not as JAX does on the chip itself: `megacore`
             makes one device of the two of a TPU v4.
-        example: a slice of it.
+        example: a slice of it; of GPUs, the number in a host.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Chip:
     links: int
     link_bandwidth: float
     torus_multiple: int = 0
+    network_bandwidth: float | None = None
     topology: str | None = None
     cores: str | None = None
     example: str = ""
@@ -56,6 +59,7 @@ def _chip(
     link_gigabytes_per_second: float,
     torus_multiple: int = 0,
     a_slice: str = "",
+    network_gigabytes_per_second: float | None = None,
     **others: Any,
 ) -> Chip:
     """A row of the table, in the vendors' units; `a_slice`: topology and example; `others` of `Chip`'s attributes."""
@@ -70,6 +74,7 @@ def _chip(
         links=links,
         link_bandwidth=link_gigabytes_per_second * GIGA,
         torus_multiple=torus_multiple,
+        network_bandwidth=None if network_gigabytes_per_second is None else network_gigabytes_per_second * GIGA,
         topology=topology or None,
         example=example,
         **others,
@@ -77,7 +82,8 @@ def _chip(
 
 
 CHIPS = (
-    # name, device_kind, bfloat16 TFLOP/s, int8 TOP/s, memory, its GB/s, links, GB/s of one, torus_multiple, a slice
+    # name, device_kind, bfloat16 TFLOP/s, int8 TOP/s, memory, its GB/s, links, GB/s of one, torus_multiple, a slice,
+    # GB/s of a chip's share of the network
     # cloud.google.com/tpu/docs/v4 and so on; interconnect of v4 (2,400 Gbit/s a chip, one direction) and int8 of v5p:
     # Google Cloud's announcement of TPU v5p, December 2023; the others' interconnect: GB/s a chip, both directions.
     _chip("TPU v4", r"TPU v4", 275, 275, 32 * GIB, 1200, 6, 50, 4, "v4:4x4x8", cores="megacore"),
@@ -86,12 +92,15 @@ CHIPS = (
     _chip("TPU v6e", r"TPU v6( lite|e)", 918, 1836, 32 * GIB, 1638, 4, 100, 16, "v6e:16x16"),
     _chip("TPU7x", r"TPU7x", 2307, None, 192 * GIB, 7380, 6, 100, 4, "tpu7x:4x4x4", devices=2),
     # NVIDIA's data sheets: A100 Tensor Core GPU; H100 and H200 Tensor Core GPU (SXM), halved, as they state figures
-    # with sparsity; DGX B200, an eighth, and half of what it states with sparsity.
-    _chip("NVIDIA A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 624, 40 * GIGA, 1555, 12, 25),
-    _chip("NVIDIA A100 80GB", r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312, 624, 80 * GIGA, 2039, 12, 25),
-    _chip("NVIDIA H100", r"NVIDIA H100 80GB HBM3", 989, 1979, 80 * GIGA, 3350, 18, 25),
-    _chip("NVIDIA H200", r"NVIDIA H200", 989, 1979, 141 * GIGA, 4800, 18, 25),
-    _chip("NVIDIA B200", r"NVIDIA B200", 2250, 4500, 180 * GIGA, 8000, 18, 50),
+    # with sparsity; DGX B200, an eighth, and half of what it states with sparsity. Network: the data sheets of DGX A100
+    # (8 ConnectX-6 of 200 Gbit/s for 8 GPUs), DGX H100, H200 and B200 (8 ConnectX-7 of 400 Gbit/s).
+    _chip("NVIDIA A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 624, 40 * GIGA, 1555, 12, 25, 0, "", 25),
+    _chip(
+        "NVIDIA A100 80GB", r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312, 624, 80 * GIGA, 2039, 12, 25, 0, "a100:8", 25
+    ),
+    _chip("NVIDIA H100", r"NVIDIA H100 80GB HBM3", 989, 1979, 80 * GIGA, 3350, 18, 25, 0, "h100:8", 50),
+    _chip("NVIDIA H200", r"NVIDIA H200", 989, 1979, 141 * GIGA, 4800, 18, 25, 0, "h200:8", 50),
+    _chip("NVIDIA B200", r"NVIDIA B200", 2250, 4500, 180 * GIGA, 8000, 18, 50, 0, "b200:8", 50),
 )
 
 

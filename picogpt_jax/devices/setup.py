@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from picogpt_jax.devices.accelerators import Device, has_plugin, has_tpu
+from picogpt_jax.devices.accelerators import Device, has_gpu, has_plugin, has_tpu
 from picogpt_jax.devices.cpu import cores
 from picogpt_jax.errors import UserError
 
@@ -51,10 +51,13 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
 
 
 def _only_cpu() -> bool:
-    """Whether libtpu is installed for its compiler alone: asked for devices, it would complain at length."""
-    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+    """Whether libtpu or CUDA's plug-in are installed for their compilers alone: they would complain at length."""
+    has_libtpu, has_cuda = (importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_cuda13_plugin"))
+    if "JAX_PLATFORMS" in os.environ or not (has_libtpu or has_cuda):
         return False
-    return not (has_tpu() or has_plugin())
+    if has_tpu() or (has_cuda and has_gpu()):
+        return False
+    return has_cuda or not has_plugin()  # another plug-in has devices of its own
 
 
 def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool]:

@@ -1,23 +1,26 @@
 """What a compiled program does on one device: FLOPs by type, bytes of memory traffic, collectives.
 
-FLOPs are those of matrix products (HLO's dot and convolution); element-wise work is not counted. Memory traffic is what
-each scheduled instruction reads from and writes to main memory; what the compiler keeps in on-chip memory is free.
+FLOPs are those of matrix products, also of kernels and libraries; element-wise work is not counted. Memory traffic is
+what each scheduled instruction reads from and writes to main memory; what the compiler keeps on the chip is free.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from typing import Literal
 
-from picogpt_jax.planning.hlo import Computation, Instruction, Module, replica_groups
+from picogpt_jax.planning.hlo import Computation, Instruction, Module, integers, replica_groups
 from picogpt_jax.planning.loops import Executed, executed
-from picogpt_jax.planning.memory import memory_bytes
+from picogpt_jax.planning.memory import CUBLAS, CUDNN_BACKWARD, CUDNN_FORWARD, MARKERS, memory_bytes
 
 PRODUCTS = ("dot", "convolution")
 # Products of the splash attention kernels: scores and result; scores again, their gradient and the queries'; both, and
 # the keys' and values'.
 SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Products of cuDNN's attention: scores and result; scores again, gradients of the weights, values, queries and keys.
+CUDNN_PRODUCTS = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
 COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 COLLECTIVES |= {"collective-broadcast"}
 
@@ -72,7 +75,7 @@ class Cost:
     """What one device does in a step.
 
     Attributes:
-        uncounted: what could not be read: loops without a known count, kernels that do not tell their FLOPs.
+        uncounted: what could not be read: loops without a known count, kernels whose FLOPs are not known.
     """
 
     work: list[Work]
@@ -99,7 +102,7 @@ def cost_of(module: Module, devices: int) -> Cost:
         devices: number of devices that run it.
     """
     items, unknown_loops = executed(module)
-    uncounted = [f"loop {name}: counted once" for name in unknown_loops]
+    unknown_calls: Counter[str] = Counter()
     work: list[Work] = []
     collectives: dict[tuple[str, str], Collective] = {}
     for item in items:
@@ -107,13 +110,17 @@ def cost_of(module: Module, devices: int) -> Cost:
         for key, collective in found.items():
             collectives.setdefault(key, collective)  # the first part says how it began
         products = _products(module, item)
-        if item.instruction.is_kernel:
-            products = _kernel_products(item.instruction, item.computation)
-            uncounted += [] if products else [f"kernel {item.instruction.name}: its FLOPs are not stated"]
+        for instruction, computation in _calls(module, item):
+            called = _called_products(instruction, computation)
+            if not called:
+                unknown_calls[f"{instruction.target} ({instruction.name.rstrip('.0123456789')})"] += item.times
+            products += called
         n_bytes = 0 if found else memory_bytes(module, item)
         if products or n_bytes:
             asynchronous = item.instruction.opcode.endswith("-start")
             work.append(Work(products, n_bytes, asynchronous, item.times, item.instruction))
+    uncounted = [f"loop {name}: counted once" for name in unknown_loops]
+    uncounted += [f"kernel {name}, {times} a step: its FLOPs are not known" for name, times in unknown_calls.items()]
     return Cost(work, list(collectives.values()), uncounted)
 
 
@@ -129,6 +136,33 @@ def _products(module: Module, item: Executed) -> list[Product]:
     ]
 
 
+def _calls(module: Module, item: Executed) -> list[tuple[Instruction, Computation]]:
+    """What an instruction calls that is no HLO: kernels and functions of libraries."""
+    candidates = [(item.instruction, item.computation), *module.inside(item.instruction)]
+    return [found for found in candidates if found[0].opcode == "custom-call" and found[0].target not in MARKERS]
+
+
+def _called_products(instruction: Instruction, computation: Computation) -> list[Product]:
+    if instruction.target == CUBLAS:
+        return [Product(_flops(instruction, computation), _precision(instruction, computation))]
+    if instruction.target in CUDNN_PRODUCTS:
+        return _cudnn_products(instruction, computation)
+    return _kernel_products(instruction, computation) if instruction.target == "tpu_custom_call" else []
+
+
+def _cudnn_products(instruction: Instruction, computation: Computation) -> list[Product]:
+    """By the shape of the scores, [B, H, T, T], of which causality leaves what lies on or below the diagonal."""
+    stated = re.search(r'"intermediate_tensor_shape":\s*\{[^\]]*"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+    if stated is None:
+        return []
+    scores = integers(stated[1])
+    head_size = computation.by_name[instruction.operands[0]].result[0].dims[-1]
+    is_causal = re.search(r'"mask_type":\s*"CAUSAL"', instruction.attributes) is not None
+    part = (scores[-1] + 1) / (2 * scores[-1]) if is_causal else 1.0
+    flops = 2.0 * math.prod(scores) * head_size * part
+    return [Product(flops, "bfloat16")] * CUDNN_PRODUCTS[instruction.target or ""]
+
+
 def _precision(instruction: Instruction, computation: Computation) -> Precision:
     dtypes = {computation.by_name[name].result[0].dtype for name in instruction.operands[:2]}
     if dtypes <= {"s8", "u8"}:
@@ -139,9 +173,10 @@ def _precision(instruction: Instruction, computation: Computation) -> Precision:
 def _flops(instruction: Instruction, computation: Computation) -> float:
     left, right = (computation.by_name[name].result[0].dims for name in instruction.operands[:2])
     result = instruction.result[0].dims
-    if instruction.opcode == "dot":
-        contracted = instruction.attribute("lhs_contracting_dims") or ""
-        return 2.0 * math.prod(result) * math.prod(left[int(dim)] for dim in re.findall(r"\d+", contracted))
+    if instruction.opcode != "convolution":
+        # Of a dot, {1}; of cuBLASLt's call, ["1"] in its configuration.
+        dims = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\s*\[)([^}\]]*)', instruction.attributes)
+        return 2.0 * math.prod(result) * math.prod(left[dim] for dim in integers(dims[1] if dims else ""))
     return convolution_flops(left, right, result, instruction.attributes)
 
 
@@ -218,6 +253,8 @@ def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str
             kind = "reduce-scatter"  # the TPU compiler's name of an all-reduce fused with the slice that is kept
         # Started apart from its end: as an instruction of its own, or inside a fusion, which then holds a marker.
         overlapped = "-start" in instruction.opcode + item.instruction.opcode or "async" in fused
+        if re.search(r'"is_sync":\s*true', instruction.attributes):
+            overlapped = False  # on a GPU: nothing runs between its start and its end
         overlapped = overlapped or any(
             "AsyncCollective" in inner.attributes for inner, _ in module.inside(item.instruction)
         )

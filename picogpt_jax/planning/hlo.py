@@ -41,10 +41,11 @@ class Instruction:
     attributes: str
     is_root: bool
 
-    @property
-    def is_kernel(self) -> bool:
-        """Whether this is a Pallas kernel."""
-        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+    @functools.cached_property
+    def target(self) -> str | None:
+        """Of a custom call: the name of what it calls, such as a Pallas kernel or a function of a library."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes) if self.opcode == "custom-call" else None
+        return found and found[1]
 
     def called(self, kind: str) -> str | None:
         """The computation named by the attribute `kind`, such as calls= or body=."""
@@ -170,7 +171,7 @@ def replica_groups(attributes: str, devices: int) -> list[list[int]]:
         ]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        return _iota(iota[2]).reshape(_numbers(iota[1])).tolist()
+        return _iota(iota[2]).reshape(integers(iota[1])).tolist()
     mesh = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}", attributes
     )
@@ -203,9 +204,10 @@ def _axis_groups(order: np.ndarray, sizes: dict[str, int], axes: str) -> list[li
 def _iota(text: str) -> np.ndarray:
     """`[2,4]T(1,0)`: 0, 1, 2, ... as an array of that shape, transposed."""
     shape, _, permutation = text.partition("T")
-    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return numbers.transpose(_numbers(permutation)) if permutation else numbers
+    numbers = np.arange(math.prod(integers(shape))).reshape(integers(shape))
+    return numbers.transpose(integers(permutation)) if permutation else numbers
 
 
-def _numbers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
+    """The numbers of a list such as `2,4`, `[2,4]` or `"2", "4"`."""
     return [int(number) for number in re.findall(r"\d+", text)]

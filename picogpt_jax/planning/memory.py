@@ -6,6 +6,11 @@ from picogpt_jax.planning.loops import Executed
 # These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size", "send", "recv"}
+# The TPU compiler's markers: custom calls that call nothing.
+MARKERS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound"}
+MARKERS |= {"GatherScatterIndicesBitpacked", "ConcatBitcast"}
+CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD = "__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+WITH_WORKSPACE = {CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD}  # the last array of their results: scratch, of unknown traffic
 
 
 def memory_bytes(module: Module, item: Executed) -> int:
@@ -14,8 +19,8 @@ def memory_bytes(module: Module, item: Executed) -> int:
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
-    if opcode == "custom-call" and not instruction.is_kernel:
-        return 0  # the TPU compiler's own markers, such as AllocateBuffer
+    if instruction.target in MARKERS:
+        return 0
     arrays = {name: computation.by_name[name].result for name in instruction.operands}
     if opcode.endswith("-start"):  # to or from on-chip memory; the result is (to, from, ...), or ((from), to, ...)
         target = instruction.result[0 if opcode == "copy-start" else len(instruction.operands)]
@@ -32,7 +37,10 @@ def memory_bytes(module: Module, item: Executed) -> int:
             if _main(arrays[name]):
                 read += _bytes_read(module, inner, parameter)
         return read + _bytes_written(module, inner, instruction.result)
-    return sum(map(_main, arrays.values())) + _main(instruction.result)
+    result = instruction.result
+    if instruction.target in WITH_WORKSPACE:
+        result = result[:-1]
+    return sum(map(_main, arrays.values())) + _main(result)
 
 
 def _main(arrays: tuple[HloArray, ...]) -> int:

@@ -1,9 +1,11 @@
-"""Plans a training run: compiles its real step for TPUs that are not here, and reads the compiled program.
+"""Plans a training run: compiles its real step for TPUs or GPUs that are not here, and reads the compiled program.
 
-The TPU compiler (extra `tpu`: libtpu) describes a slice such as v5e:16x16 and compiles for it on any machine. Memory
-comes from the compiler, FLOPs and collectives from the program (`cost`), times from `roofline`.
+The TPU compiler (extra `tpu`: libtpu) describes a slice such as v5e:16x16 and compiles for it on any machine; the GPU
+compiler (`gpus`) does the same for h100:8. Memory comes from the compiler, FLOPs and collectives from the program
+(`cost`), times from `roofline`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -21,7 +23,7 @@ from picogpt_jax.config import Config
 from picogpt_jax.devices import sharding
 from picogpt_jax.devices.chips import CHIPS, chip_of
 from picogpt_jax.errors import UserError
-from picogpt_jax.planning import hlo, roofline
+from picogpt_jax.planning import gpus, hlo, roofline
 from picogpt_jax.planning.cost import Collective, Cost, Precision, cost_of
 from picogpt_jax.training.trainer import Trainer, TrainState
 
@@ -39,23 +41,25 @@ LARGEST = 10  # collectives that are listed one by one
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a slice, as the TPU compiler describes them.
+    """The devices of a slice, or of hosts with GPUs, as their compiler describes them.
 
     Args:
-        name: the chip and the shape of the slice, such as v5e:16x16.
+        name: the chip and the shape of the slice, such as v5e:16x16, h100:8 or h100:2x8 (two hosts).
 
     Raises:
-        UserError: libtpu is not installed, or the compiler does not know the topology.
+        UserError: the compiler is not installed, or does not know the topology.
     """
+    known = {chip.topology: chip for chip in CHIPS if chip.topology is not None}
+    chip = known.get(name.partition(":")[0])
+    if chip is not None and chip.topology in gpus.TARGETS:
+        return gpus.gpu_devices(chip, name.partition(":")[2])
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("a plan needs the TPU compiler, which is not installed; pip install 'picogpt_jax[tpu]'")
     from jax.experimental import topologies
 
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    known = {chip.topology: chip for chip in CHIPS if chip.topology is not None}
     try:
-        chip = known.get(name.partition(":")[0])
         if chip is None:
             raise ValueError("it begins with none of these chips")
         options = {} if chip.cores is None else {"chip_config_name": chip.cores}
@@ -64,7 +68,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known.values())
         raise UserError(
             f"--topology={name} is not known to the TPU compiler ({str(error).splitlines()[0]}); give a chip and the "
-            f"shape of a slice, such as {examples}"
+            f"shape of a slice, or the GPUs of a host, such as {examples}"
         ) from None
 
 
@@ -96,7 +100,9 @@ def compile_step(config: Config, devices: Sequence[jax.Device], quick: bool = Fa
     shape = (1, config.train.batch_size, config.model.block_size + 1)
     batches = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch_sharding(trainer.mesh, 1))
     began = time.perf_counter()
-    lowered = trainer.steps.lower(trainer.abstract_state, None, batches, trainer.mode_at(config.quant.start_step))
+    with gpus.without_cudnn() if devices[0].platform == "gpu" else contextlib.nullcontext():
+        mode = trainer.mode_at(config.quant.start_step)
+        lowered = trainer.steps.lower(trainer.abstract_state, None, batches, mode)
     try:
         program, too_large = lowered.compile(QUICK if quick else None), None
     except jax.errors.JaxRuntimeError as error:
@@ -123,7 +129,7 @@ def make_plan(config: Config, topology: str, quick: bool = False) -> dict[str, A
     mesh = compiled.trainer.mesh
     chip = chip_of(devices[0].device_kind)
     assert chip is not None, devices[0].device_kind
-    place = roofline.Slice(chip, [tuple(device.coords) for device in mesh.devices.flat])
+    place = roofline.Slice(chip, [_coordinates(device) for device in mesh.devices.flat])
     tokens = config.train.batch_size * config.model.block_size
     plan: dict[str, Any] = {
         "topology": topology,
@@ -142,11 +148,16 @@ def make_plan(config: Config, topology: str, quick: bool = False) -> dict[str, A
         "compile_seconds": compiled.seconds,
         "quick": quick,
     }
-    if compiled.program is None:
+    if compiled.program is None or not plan["fits"]:  # the GPU compiler makes a program all the same
         return plan
     cost = cost_of(hlo.parse_module(compiled.program.as_text()), mesh.size)
-    left_out = [*roofline.LEFT_OUT, *cost.uncounted]
+    left_out = [*roofline.left_out(chip), *cost.uncounted]
     return plan | _cost(cost, mesh, place) | _times(cost, place, plan) | {"left_out": left_out}
+
+
+def _coordinates(device: jax.Device) -> tuple[int, ...]:
+    """Of a TPU, its place in the slice; of a GPU, its host and its number."""
+    return tuple(device.coords) if device.platform == "tpu" else (device.process_index, device.id)
 
 
 def _state_bytes(state: TrainState, devices_per_chip: int) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """How long a step takes at best: products at the chip's peak, bytes at the memory's, collectives at the links' speed.
 
-Every published figure is taken from `picogpt_jax.devices.chips`. A real step takes longer, by what `LEFT_OUT` lists.
+Every published figure is taken from `picogpt_jax.devices.chips`. A real step takes longer, by what `left_out` lists.
 """
 
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from picogpt_jax.devices.chips import Chip
@@ -20,7 +21,16 @@ LEFT_OUT = (
     "collectives that the compiler starts early are taken to be hidden behind other work, up to all of it",
     "collectives are taken to use every link that their devices share, without contention with each other",
     "the host: input, dispatch, logging, checkpoints and evaluation",
-    "stragglers, failures, and the network between slices",
+    "stragglers and failures",
+)
+LEFT_OUT_OF_TPUS = ("the network between slices",)
+LEFT_OUT_OF_GPUS = (
+    "nothing is tuned without a device: tiles are a guess, and no product is given to a library that is faster at it; "
+    "read memory, types and traffic, and take times as bounds",
+    "starting a kernel: some microseconds each, unless they are recorded once and replayed",
+    "collectives take cores and memory bandwidth from what hides them; a switch that adds up (NVLink SHARP) halves "
+    "an all-reduce",
+    "memory that libraries take for themselves: CUDA, cuBLAS, cuDNN's backward pass, NCCL; the second-level cache",
 )
 
 
@@ -30,7 +40,7 @@ class Slice:
 
     Attributes:
         chip: what they are.
-        coordinates: of each device's chip in the slice, in the order of the mesh.
+        coordinates: of each device's chip in the slice, in the order of the mesh; of a GPU: its host, its number.
     """
 
     chip: Chip
@@ -64,6 +74,11 @@ class Estimate:
     serial: float
 
 
+def left_out(chip: Chip) -> tuple[str, ...]:
+    """What the estimate leaves out, beside what could not be read of the program."""
+    return LEFT_OUT + (LEFT_OUT_OF_TPUS if chip.network_bandwidth is None else LEFT_OUT_OF_GPUS)
+
+
 def estimate(cost: Cost, place: Slice) -> Estimate:
     """The roofline of what one device does (`cost`) on the chips of `place`."""
     share = place.devices_per_chip  # devices that share a chip's figures
@@ -87,12 +102,19 @@ def estimate(cost: Cost, place: Slice) -> Estimate:
 
 
 def peak(chip: Chip, precision: str) -> float:
-    """Operations/s of products: int8 where the chip has it, else bfloat16, in which a TPU also multiplies float32."""
+    """Operations/s of products: int8 where the chip has it, else bfloat16.
+
+    float32 is multiplied as bfloat16 on a TPU, and as TF32 on a GPU, at half the rate of bfloat16.
+    """
+    if precision == "float32" and chip.network_bandwidth is not None:
+        return chip.bfloat16_flops / 2
     return chip.int8_ops if precision == "int8" and chip.int8_ops else chip.bfloat16_flops
 
 
 def collective_seconds(collective: Collective, place: Slice) -> float:
     """Time of one collective: the bytes that each device sends over the bandwidth of its group, and the hops."""
+    if place.chip.network_bandwidth is not None:
+        return _switched_seconds(collective, place, place.chip.network_bandwidth)
     link = place.chip.link_bandwidth / place.devices_per_chip
     if collective.kind == "collective-permute":
         moved = [pair for pair in collective.groups if pair[0] != pair[1]]
@@ -107,6 +129,31 @@ def collective_seconds(collective: Collective, place: Slice) -> float:
     elif "all-to-all" in collective.kind:
         sent *= max(1.0, longest / 4)  # a packet crosses a quarter of a ring on average, and blocks it for others
     return (sent / (bandwidth * link) if bandwidth else 0.0) + hops * HOP_SECONDS
+
+
+def _switched_seconds(collective: Collective, place: Slice, network: float) -> float:
+    """On GPUs: inside a host with all links of a GPU, through the switch; between hosts with a GPU's network card.
+
+    A group on several hosts works in two levels at once: what a host receives comes over the cards of all its GPUs in
+    the group, and is passed on through the switch.
+    """
+    links = place.chip.links * place.chip.link_bandwidth
+    n_bytes, kind = collective.n_bytes, collective.kind
+    if kind == "collective-permute":
+        moved = [[place.coordinates[device][0] for device in pair] for pair in collective.groups if pair[0] != pair[1]]
+        slowest = network if any(source != target for source, target in moved) else links
+        return n_bytes / slowest + HOP_SECONDS if moved else 0.0
+    group = collective.groups[0]
+    if len(group) == 1:
+        return 0.0
+    on_host = Counter(place.coordinates[device][0] for device in group)
+    hosts, most, fewest = len(on_host), max(on_host.values()), min(on_host.values())
+    if "all-to-all" in kind:  # each sends to every other one a part of what it holds
+        inside, outside = n_bytes * (most - 1) / len(group), n_bytes * (len(group) - fewest) / len(group)
+    else:
+        inside, outside = n_bytes * (most - 1) / most, n_bytes * (hosts - 1) / hosts / fewest
+    both = 2 if kind == "all-reduce" else 1  # a reduce-scatter and an all-gather
+    return both * (max(inside / links, outside / network) + (1 + (hosts > 1)) * HOP_SECONDS)
 
 
 def group_links(members: Sequence[Coordinates], place: Slice) -> tuple[float, float, int]:

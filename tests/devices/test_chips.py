@@ -46,6 +46,10 @@ def test_the_table_holds_what_physics_allows() -> None:
         # A chip reads its whole memory in 10 to 100 ms, and its links are slower than its memory.
         assert 0.01 < chip.memory_bytes / chip.memory_bandwidth < 0.1, chip.name
         assert chip.links * chip.link_bandwidth < chip.memory_bandwidth, chip.name
+        # A switch joins GPUs; their hosts' network is slower.
+        assert (chip.network_bandwidth is not None) == chip.name.startswith("NVIDIA"), chip.name
+        if chip.network_bandwidth is not None:
+            assert 0.05 < chip.network_bandwidth / (chip.links * chip.link_bandwidth) < 0.2, chip.name
 
 
 def test_mfu_is_relative_to_the_bfloat16_peak_of_all_devices() -> None:

@@ -12,19 +12,26 @@ from picogpt_jax.errors import UserError
     [
         ({"libtpu"}, [], None, True),
         ({"libtpu"}, ["accel0"], None, False),
-        ({"libtpu", "jax_plugins"}, [], None, False),  # a GPU's
+        ({"libtpu", "jax_plugins"}, [], None, False),  # of some other accelerator
+        ({"jax_plugins", "jax_cuda13_plugin"}, [], None, True),
+        ({"libtpu", "jax_plugins", "jax_cuda13_plugin"}, [], None, True),
+        ({"libtpu", "jax_plugins", "jax_cuda13_plugin"}, ["nvidia0"], None, False),
+        ({"jax_plugins", "jax_cuda13_plugin"}, [], "cuda", False),
         ({"libtpu"}, [], "tpu", False),
         (set(), [], None, False),
     ],
 )
-def test_a_tpu_compiler_without_a_tpu_is_not_asked_for_devices(
+def test_a_compiler_without_its_device_is_not_asked_for_devices(
     installed: set[str], nodes: list[str], environment: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if environment is not None:
         monkeypatch.setenv("JAX_PLATFORMS", environment)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(nodes if folder == Path("/dev") else []))
+    found = {("/dev", node[:5]) for node in nodes}
+    monkeypatch.setattr(
+        Path, "glob", lambda folder, pattern: (node for node in found if node == (str(folder), pattern[:5]))
+    )
     assert setup._only_cpu() is expected
 
 

@@ -213,8 +213,100 @@ def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -
     assert (stated.flops("bfloat16"), stated.products("bfloat16"), stated.uncounted) == (12345, 1, [])
     silent = cost(text.replace("STATED", ""))
     assert silent.flops("bfloat16") == 0
-    assert silent.uncounted == ["kernel k: its FLOPs are not stated"]
+    assert silent.uncounted == ["kernel tpu_custom_call (k), 1 a step: its FLOPs are not known"]
     assert [work.n_bytes for work in silent.work] == [2 * 128], "its memory traffic counts; a marker's does not"
+
+
+# As the GPU compiler writes calls of libraries, shortened.
+CUBLAS = """
+    ENTRY %main (a: s8[256,512], b: s8[1024,512], x: bf16[4,64,32], c: bf16[64,64], bias: bf16[64]) -> bf16[4,64,64] {
+      %a = s8[256,512]{1,0} parameter(0)
+      %b = s8[1024,512]{1,0} parameter(1)
+      %x = bf16[4,64,32]{2,1,0} parameter(2)
+      %y = bf16[4,64,32]{2,1,0} bitcast(%x)
+      %c = bf16[64,64]{1,0} parameter(3)
+      %bias = bf16[64]{0} parameter(4)
+      %plain = (s32[256,1024]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]},"epilogue":"DEFAULT"}}
+      ROOT %gelu = (bf16[4,64,64]{2,1,0}, bf16[4,64,64]{2,1,0}, s8[512]{0}) custom-call(%x, %y, %c, %bias), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":1,"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["2"],"lhs_batch_dimensions":["0"],\
+"rhs_batch_dimensions":["0"]},"epilogue":"BIAS_GELU_AUX"}}
+    }
+    """
+
+
+def test_cublas_counts_its_product_and_what_it_reads_and_writes_with_it() -> None:
+    plain, gelu = cost(CUBLAS).work
+    assert [(item.flops, item.precision) for item in plain.products] == [(2.0 * 256 * 1024 * 512, "int8")]
+    assert plain.n_bytes == 256 * 512 + 1024 * 512 + 4 * 256 * 1024, "the last result is its workspace"
+    assert [(item.flops, item.precision) for item in gelu.products] == [(2.0 * 4 * 64 * 64 * 32, "bfloat16")]
+    # Both operands, the array that is added, the bias; the result, and what the backward pass of GELU needs.
+    assert gelu.n_bytes == 2 * (2 * 4 * 64 * 32 + 64 * 64 + 64 + 2 * 4 * 64 * 64)
+    assert cost(CUBLAS).uncounted == []
+
+
+@pytest.mark.parametrize(("mask", "part"), [("CAUSAL", 257 / 512), ("NO_MASK", 1.0)])
+def test_attention_of_cudnn_counts_by_its_scores(mask: str, part: float) -> None:
+    config = (
+        'backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": '
+        '{"element_type": "BF16", "dimensions": ["2", "3", "256", "256"], "layout": {"minor_to_major": ["3", "2"]}}, '
+        f'"mask_type": "{mask}"}}}}'
+    )
+    text = """
+    ENTRY %main (q: bf16[2,256,3,64], k: bf16[2,256,3,64], v: bf16[2,256,3,64], s: f32[2,3,256]) -> bf16[2,3,256,64] {
+      %q = bf16[2,256,3,64]{3,2,1,0} parameter(0)
+      %k = bf16[2,256,3,64]{3,2,1,0} parameter(1)
+      %v = bf16[2,256,3,64]{3,2,1,0} parameter(2)
+      %s = f32[2,3,256]{2,1,0} parameter(3)
+      %f = (bf16[2,3,256,64]{3,1,2,0}, f32[2,3,256]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %v), \
+custom_call_target="__cudnn$fmhaSoftmax", CONFIG
+      ROOT %b = (bf16[2,3,256,64]{3,1,2,0}, bf16[2,3,256,64]{3,1,2,0}, bf16[2,3,256,64]{3,1,2,0}, u8[99]{0}) \
+custom-call(%q, %k, %v, %s, %v, %v), custom_call_target="__cudnn$fmhaSoftmaxBackward", CONFIG
+    }
+    """
+    found = cost(text.replace("CONFIG", config))
+    product = 2.0 * 2 * 3 * 256 * 256 * 64 * part
+    assert [[item.flops for item in work.products] for work in found.work] == [[product] * 2, [product] * 5]
+    heads, sums = 2 * 2 * 3 * 256 * 64, 4 * 2 * 3 * 256  # bytes of queries in bfloat16, and of the rows' sums
+    assert [work.n_bytes for work in found.work] == [4 * heads + sums, 6 * heads + sums]
+    assert found.uncounted == []
+    silent = cost(text.replace("CONFIG", "backend_config={}"))
+    assert silent.flops("bfloat16") == 0
+    assert silent.uncounted == [
+        "kernel __cudnn$fmhaSoftmax (f), 1 a step: its FLOPs are not known",
+        "kernel __cudnn$fmhaSoftmaxBackward (b), 1 a step: its FLOPs are not known",
+    ]
+
+
+def test_a_call_that_is_not_understood_is_named_however_often_it_runs() -> None:
+    found = cost("""
+    ENTRY %main (a: f32[100]) -> f32[100] {
+      %a = f32[100]{0} parameter(0)
+      %custom-call.1 = f32[100]{0} custom-call(%a), custom_call_target="__cub$DeviceRadixSort"
+      ROOT %custom-call.2 = f32[100]{0} custom-call(%custom-call.1), custom_call_target="__cub$DeviceRadixSort"
+    }
+    """)
+    assert found.uncounted == ["kernel __cub$DeviceRadixSort (custom-call), 2 a step: its FLOPs are not known"]
+    assert found.n_bytes == 2 * 800, "what it reads and writes is counted"
+
+
+@pytest.mark.parametrize(("config", "overlapped"), [("true", False), ("false", True)])
+def test_a_collective_that_is_started_and_waited_for_at_once_is_not_hidden(config: str, overlapped: bool) -> None:
+    found = only(
+        cost(
+            """
+    ENTRY %main (a: bf16[16,8]) -> bf16[64,8] {
+      %a = bf16[16,8] parameter(0)
+      %begin = (bf16[16,8], bf16[64,8]) all-gather-start(%a), channel_id=3, replica_groups=[1,4]<=[4], \
+dimensions={0}, backend_config={"collective_backend_config":{"is_sync":SYNC,"is_pipelined":false}}
+      ROOT %end = bf16[64,8] all-gather-done(%begin)
+    }
+    """.replace("SYNC", config)
+        )
+    )
+    assert (found.overlapped, found.n_bytes) == (overlapped, 64 * 8 * 2)
 
 
 @pytest.mark.parametrize("sequences", ["2,", ""])  # one sequence a device: the compiler drops the dimension

@@ -5,7 +5,16 @@ import pytest
 from picogpt_jax.devices.chips import Chip, chip_of
 from picogpt_jax.planning.cost import Collective, Cost, Precision, Product, Work
 from picogpt_jax.planning.hlo import HloArray, Instruction
-from picogpt_jax.planning.roofline import HOP_SECONDS, Slice, collective_seconds, estimate, group_links, peak
+from picogpt_jax.planning.roofline import (
+    HOP_SECONDS,
+    LEFT_OUT,
+    Slice,
+    collective_seconds,
+    estimate,
+    group_links,
+    left_out,
+    peak,
+)
 
 INSTRUCTION = Instruction("f", (HloArray("f32", (1,)),), "fusion", (), "", "", False)
 
@@ -111,6 +120,58 @@ def test_seconds_of_each_kind_of_collective_on_a_ring() -> None:
     )
     assert collective_seconds(collective("collective-permute", size, [[0, 0]]), place) == 0.0
     assert collective_seconds(collective("all-reduce", size, [[0]]), place) == 0.0
+
+
+def hosts(number: int, each: int, kind: str = "NVIDIA H100 80GB HBM3") -> Slice:
+    return Slice(chip(kind), [(host, host * each + gpu) for host in range(number) for gpu in range(each)])
+
+
+def test_float32_is_multiplied_at_half_the_rate_of_bfloat16_on_a_gpu() -> None:
+    h100 = chip("NVIDIA H100 80GB HBM3")
+    assert peak(h100, "float32") == h100.bfloat16_flops / 2
+    assert peak(h100, "int8") == h100.int8_ops
+
+
+def test_inside_a_host_a_gpu_sends_with_all_its_links() -> None:
+    place, size = hosts(1, 8), 8 * 10**9
+    gather = size * 7 / 8 / 450e9 + HOP_SECONDS
+    everyone = [list(range(8))]
+    for kind in ("all-gather", "reduce-scatter", "all-to-all"):
+        assert collective_seconds(collective(kind, size, everyone), place) == pytest.approx(gather)
+    assert collective_seconds(collective("all-reduce", size, everyone), place) == pytest.approx(2 * gather)
+    # No neighbours: two GPUs, wherever they are, have the same links.
+    for group in ([[0, 1]], [[0, 7]]):
+        assert collective_seconds(collective("all-gather", size, group), place) == pytest.approx(
+            size / 2 / 450e9 + HOP_SECONDS
+        )
+    permute = collective("collective-permute", size, [[0, 3], [3, 0], [5, 5]])
+    assert collective_seconds(permute, place) == pytest.approx(size / 450e9 + HOP_SECONDS)
+    assert collective_seconds(collective("all-reduce", size, [[3]]), place) == 0.0
+    assert collective_seconds(collective("collective-permute", size, [[3, 3]]), place) == 0.0
+
+
+def test_between_hosts_the_network_bounds_what_a_group_sends() -> None:
+    place, size = hosts(2, 8), 16 * 10**9
+    # Half of the array comes from the other host, over eight cards; the links carry 7/8 of it, which is faster.
+    outside = size / 2 / 8 / 50e9 + 2 * HOP_SECONDS
+    inside = size * 7 / 8 / 450e9 + 2 * HOP_SECONDS
+    everyone = [list(range(16))]
+    assert outside < inside
+    assert collective_seconds(collective("all-gather", size, everyone), place) == pytest.approx(inside)
+    pairs = [[gpu, gpu + 8] for gpu in range(8)]  # one GPU of each host: over one card each
+    assert collective_seconds(collective("all-reduce", size, pairs), place) == pytest.approx(
+        2 * (size / 2 / 50e9 + 2 * HOP_SECONDS)
+    )
+    crossing = collective("all-to-all", size, everyone)
+    assert collective_seconds(crossing, place) == pytest.approx(size * 8 / 16 / 50e9 + 2 * HOP_SECONDS)
+    permute = collective("collective-permute", size, [[0, 1], [1, 8]])
+    assert collective_seconds(permute, place) == pytest.approx(size / 50e9 + HOP_SECONDS)
+
+
+def test_what_is_left_out_is_said_of_the_kind_of_chip() -> None:
+    of_gpus, of_tpus = left_out(chip("NVIDIA H200")), left_out(chip())
+    assert set(of_gpus) & set(of_tpus) == set(LEFT_OUT)
+    assert any("nothing is tuned without a device" in item for item in of_gpus)
 
 
 def test_a_latency_remains_of_small_messages() -> None:
