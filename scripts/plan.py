@@ -43,8 +43,8 @@ PNG = cli.DEFINE_path("png", None, "--weak_scaling: file for a picture.")
 QUICK = flags.DEFINE_bool(
     "quick",
     None,
-    "Let the compiler optimize less: several times as fast, and a longer step. Default: off; with --compare, on, and "
-    "off for the best two of int8 and of bfloat16.",
+    "TPUs: let the compiler optimize less: several times as fast, and a longer step. Default: off; with --compare, on, "
+    "and off for the best two of int8 and of bfloat16.",
 )
 
 

@@ -32,6 +32,8 @@ def set_up_jax(device: Device = "auto", cpu_devices: int | None = None) -> None:
     Raises:
         UserError: JAX finds no such device.
     """
+    if not has_gpu():  # the plug-in, installed for its compiler alone, would print that cuDNN is missing
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if device == "auto" and _only_cpu():
         device = "cpu"
     if device != "auto":

@@ -43,7 +43,8 @@ def _memory(plan: Plan) -> list[str]:
     rows = {"  parameters": plan["parameter_bytes_per_chip"], "  optimizer": plan["optimizer_bytes_per_chip"]}
     if "memory" in plan:
         rows["  temporaries"] = plan["memory"]["temporaries"]
-        rows["  program"] = plan["memory"]["program"]
+        if plan["memory"]["program"]:  # the GPU compiler does not tell it
+            rows["  program"] = plan["memory"]["program"]
     totals = {"  parameters": plan["parameter_bytes"], "  optimizer": plan["optimizer_bytes"]}
     for name, size in rows.items():
         whole = f", of {totals[name] / GIB:.2f} GiB in all" if name in totals else ""

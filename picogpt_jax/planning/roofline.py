@@ -30,7 +30,8 @@ LEFT_OUT_OF_GPUS = (
     "starting a kernel: some microseconds each, unless they are recorded once and replayed",
     "collectives take cores and memory bandwidth from what hides them; a switch that adds up (NVLink SHARP) halves "
     "an all-reduce",
-    "memory that libraries take for themselves: CUDA, cuBLAS, cuDNN's backward pass, NCCL; the second-level cache",
+    "the second-level cache: arrays that fit into it are counted as traffic with main memory",
+    "memory that CUDA, NCCL, cuBLAS and cuDNN's backward pass take for themselves",
 )
 
 

@@ -47,7 +47,8 @@ def compare(
         for mode in modes:
             fitting = [one for one, plan in plans.items() if one.quant.mode == mode and plan["fits"]]
             for changed in sorted(fitting, key=lambda one: _rank(plans[one]))[:FULL]:
-                plans[changed] = _plan(changed, topology, False, progress)
+                if plans[changed]["quick"]:
+                    plans[changed] = _plan(changed, topology, False, progress)
     return sorted(plans.values(), key=_rank)
 
 

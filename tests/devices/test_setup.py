@@ -43,6 +43,7 @@ def test_a_device_that_is_not_there_is_named(error: Exception, reason: str, monk
     def none() -> None:
         raise error
 
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
     monkeypatch.setattr(setup.jax, "devices", none)
     monkeypatch.setattr(setup.jax.config, "update", lambda *_: None)
     with pytest.raises(UserError) as caught:

@@ -62,6 +62,11 @@ def test_the_best_of_each_type_are_compiled_in_full(monkeypatch: pytest.MonkeyPa
     quickly = [(4, "none", True), (8, "none", True), (4, "int8", True), (8, "int8", True)]
     assert shapes(rows) == in_full + quickly
     assert len(said) == 4 * 2 * 2 + 4
+    monkeypatch.setattr(sweep, "make_plan", lambda config, topology, quick: fake_plan(config, topology, False))
+    said.clear()
+    rows = sweep.compare(tiny_config(), "h100:4", meshes, [32], progress=said.append)
+    assert len(said) == 4 * 2, "what was compiled in full at once, as for GPUs, is not compiled again"
+    monkeypatch.setattr(sweep, "make_plan", fake_plan)
     every = sweep.compare(tiny_config(), "v5e:2x2", meshes, [32], quick=True, progress=said.append)
     assert all(quick for _, _, quick in shapes(every))
 
