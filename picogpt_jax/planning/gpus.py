@@ -60,7 +60,7 @@ def gpu_devices(chip: Chip, shape: str) -> list[jax.Device]:
     missing = [name for name in PACKAGES if not _is_installed(name)]
     if missing:
         raise UserError(
-            f"a plan for GPUs needs their compiler, and {', '.join(missing)} is not installed; "
+            f"a plan for GPUs needs their compiler, which is not installed (missing: {', '.join(missing)}); "
             "pip install 'picogpt_jax[gpu-plan]'"
         )
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape)

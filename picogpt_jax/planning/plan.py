@@ -50,8 +50,11 @@ def topology_devices(name: str) -> list[jax.Device]:
         UserError: the compiler is not installed, or does not know the topology.
     """
     known = {chip.topology: chip for chip in CHIPS if chip.topology is not None}
+    examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known.values())
     chip = known.get(name.partition(":")[0])
-    if chip is not None and chip.topology in gpus.TARGETS:
+    if chip is None:
+        raise UserError(f"--topology={name} begins with no chip that is known; give one such as {examples}")
+    if chip.topology in gpus.TARGETS:
         return gpus.gpu_devices(chip, name.partition(":")[2])
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("a plan needs the TPU compiler, which is not installed; pip install 'picogpt_jax[tpu]'")
@@ -60,15 +63,12 @@ def topology_devices(name: str) -> list[jax.Device]:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        if chip is None:
-            raise ValueError("it begins with none of these chips")
         options = {} if chip.cores is None else {"chip_config_name": chip.cores}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        examples = ", ".join(f"{chip.topology}:{chip.example}" for chip in known.values())
         raise UserError(
             f"--topology={name} is not known to the TPU compiler ({str(error).splitlines()[0]}); give a chip and the "
-            f"shape of a slice, or the GPUs of a host, such as {examples}"
+            f"shape of a slice, such as {examples}"
         ) from None
 
 

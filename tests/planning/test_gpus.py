@@ -49,7 +49,9 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         return "1"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"nvidia-nvvm is not installed; pip install 'picogpt_jax\[gpu-plan\]'"):
+    with pytest.raises(
+        UserError, match=r"not installed \(missing: nvidia-nvvm\); pip install 'picogpt_jax\[gpu-plan\]'"
+    ):
         plan.topology_devices("h100:8")
 
 

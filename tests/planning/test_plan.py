@@ -102,8 +102,9 @@ def test_memory_and_time_are_those_of_a_step_that_fits(small: dict[str, Any]) ->
 def test_an_unknown_topology_names_known_ones(run_script: RunScript) -> None:
     result = run_script("scripts/plan.py", f"--config={ROOT / 'configs' / 'base.py'}", "--topology=v99:2x2")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --topology=v99:2x2 is not known to the TPU compiler")
+    assert result.stderr.startswith("error: --topology=v99:2x2 begins with no chip that is known; give one such as ")
     assert "v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16" in result.stderr
+    assert "a100:8, h100:8, h200:8, b200:8" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
