@@ -6,6 +6,7 @@ from picogpt_jax.planning.loops import Executed
 # These move no bytes of main memory: names for parts of buffers, constants, the ends of what was started before.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size", "send", "recv"}
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # they change parts of an array: which operand holds these
 # The TPU compiler's markers: custom calls that call nothing.
 MARKERS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound"}
 MARKERS |= {"GatherScatterIndicesBitpacked", "ConcatBitcast"}
@@ -28,8 +29,8 @@ def memory_bytes(module: Module, item: Executed) -> int:
         return target.n_bytes * ((target.memory_space == 0) + (source.memory_space == 0))
     if opcode in ("dynamic-slice", "slice", "gather"):
         return _main(instruction.result) + _main(instruction.result)
-    if opcode == "dynamic-update-slice":
-        return 2 * _main(arrays[instruction.operands[1]])
+    if opcode in IN_PLACE:
+        return 2 * _main(arrays[instruction.operands[IN_PLACE[opcode]]])
     if opcode == "fusion" and instruction.called("calls"):
         inner = module.called(instruction)
         read = 0
@@ -56,6 +57,8 @@ def _bytes_read(module: Module, computation: Computation, value: Instruction) ->
             total += sum(array.n_bytes for array in user.result)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             continue
+        elif user.opcode == "scatter" and user.operands[0] == value.name:  # what is added to is read
+            total += sum(array.n_bytes for array in computation.by_name[user.operands[2]].result)
         elif user.opcode == "bitcast":
             total += _bytes_read(module, computation, user)
         elif user.opcode == "fusion" and user.called("calls"):
@@ -83,8 +86,9 @@ def _bytes_written(module: Module, computation: Computation, result: tuple[HloAr
 def _written(module: Module, computation: Computation, output: Instruction) -> int:
     while output.opcode == "bitcast":
         output = computation.by_name[output.operands[0]]
-    if output.opcode == "dynamic-update-slice":
-        return sum(array.n_bytes for array in computation.by_name[output.operands[1]].result)
+    if output.opcode in IN_PLACE:
+        changed = [computation.by_name[output.operands[IN_PLACE[output.opcode]]].result, output.result]
+        return min(sum(array.n_bytes for array in arrays) for arrays in changed)
     if output.opcode == "fusion" and output.called("calls") and len(output.result) == 1:
         inner = module.called(output)
         return _written(module, inner, inner.root)

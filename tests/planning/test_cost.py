@@ -189,6 +189,24 @@ def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_what_a_slice_does_
     assert by_name == {"f": 3 * row, "out": row}, "a row read, one update read and written; the copy leaves the chip"
 
 
+def test_a_scatter_reads_and_writes_only_what_it_adds_to() -> None:
+    found = cost("""
+    %fused (x: f32[50,10], rows: s32[3,1], new: f32[3,1,10]) -> f32[50,10] {
+      %x = f32[50,10] parameter(0)
+      %rows = s32[3,1] parameter(1)
+      %new = f32[3,1,10] parameter(2)
+      ROOT %sum = f32[50,10] scatter(%x, %rows, %new), update_window_dims={1,2}, to_apply=%add
+    }
+    ENTRY %main (x: f32[50,10], rows: s32[3,1], new: f32[3,1,10]) -> f32[50,10] {
+      %x = f32[50,10]{1,0} parameter(0)
+      %rows = s32[3,1]{1,0} parameter(1)
+      %new = f32[3,1,10]{2,1,0} parameter(2)
+      ROOT %f = f32[50,10]{1,0} fusion(%x, %rows, %new), kind=kInput, calls=%fused
+    }
+    """)
+    assert found.n_bytes == 3 * 3 * 40 + 12, "rows of x, as it was and as it is, and of what is added; their numbers"
+
+
 def test_a_prefetch_runs_beside_other_work() -> None:
     found = cost("""
     ENTRY %main (a: f32[100]) -> f32[100] {
