@@ -93,7 +93,8 @@ CHIPS = (
     _chip("TPU7x", r"TPU7x", 2307, None, 192 * GIB, 7380, 6, 100, 4, "tpu7x:4x4x4", devices=2),
     # NVIDIA's data sheets: A100 Tensor Core GPU; H100 and H200 Tensor Core GPU (SXM), halved, as they state figures
     # with sparsity; DGX B200, an eighth, and half of what it states with sparsity. Network: the data sheets of DGX A100
-    # (8 ConnectX-6 of 200 Gbit/s for 8 GPUs), DGX H100, H200 and B200 (8 ConnectX-7 of 400 Gbit/s).
+    # (8 ConnectX-6 of 200 Gbit/s for 8 GPUs), DGX H100, H200 and B200 (8 ConnectX-7 of 400 Gbit/s). CUDA finds a little
+    # more memory than the data sheet's number of decimal GB; CUDA and NCCL need some for themselves.
     _chip("NVIDIA A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 624, 40 * GIGA, 1555, 12, 25, 0, "", 25),
     _chip(
         "NVIDIA A100 80GB", r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312, 624, 80 * GIGA, 2039, 12, 25, 0, "a100:8", 25

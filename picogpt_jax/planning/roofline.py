@@ -27,7 +27,7 @@ LEFT_OUT_OF_TPUS = ("the network between slices",)
 LEFT_OUT_OF_GPUS = (
     "nothing is tuned without a device: tiles are a guess, and no product is given to a library that is faster at it; "
     "read memory, types and traffic, and take times as bounds",
-    "starting a kernel: some microseconds each, unless they are recorded once and replayed",
+    "starting a kernel: some microseconds each, unless they are recorded once and replayed; the network's delays",
     "collectives take cores and memory bandwidth from what hides them; a switch that adds up (NVLink SHARP) halves "
     "an all-reduce",
     "the second-level cache: arrays that fit into it are counted as traffic with main memory",

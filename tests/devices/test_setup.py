@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,12 @@ def test_a_device_that_is_not_there_is_named(error: Exception, reason: str, monk
     def none() -> None:
         raise error
 
-    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # restored afterwards
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    monkeypatch.setattr(setup, "has_gpu", lambda: False)
     monkeypatch.setattr(setup.jax, "devices", none)
     monkeypatch.setattr(setup.jax.config, "update", lambda *_: None)
     with pytest.raises(UserError) as caught:
         setup.set_up_jax("gpu")
+    assert os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1", "else the plug-in prints that cuDNN is missing"
     assert str(caught.value) == f"--device=gpu: JAX finds none here{reason}; use --device=cpu or --device=auto"
