@@ -1,7 +1,7 @@
 """Measures the speed on this machine, ours beside PyTorch's: `python scripts/benchmark.py WHAT [--json=FILE]`.
 
 train: the default model, QAT and float. decode: int8 text generation in JAX. serve: int8 text generation and prompts in
-ONNX Runtime. Run it on an otherwise idle machine.
+ONNX Runtime. targets: the C model on other processors, in bytes and instructions. Run it on an otherwise idle machine.
 """
 
 import sys
@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ import configs.base
 VOCAB_SIZE = 65  # tiny Shakespeare's, where the configuration leaves it to the data
 
-WHAT = flags.DEFINE_enum("what", None, ["train", "decode", "serve"], "What to measure; also the first argument.")
+WHAT = flags.DEFINE_enum(
+    "what", None, ["train", "decode", "serve", "targets"], "What to measure; also the first argument."
+)
 JSON = cli.DEFINE_path("json", None, "File for the machine, versions, figures and ratios.")
 DEVICE = flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "Where to run.")
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(ROOT / "configs" / "base.py"), "Configuration of the model and its training.", lock_config=True
 )
 MODEL = cli.DEFINE_path(
-    "model", None, "decode, serve: an int8 folder. Default: random weights, of the size in --config."
+    "model", None, "decode, serve, targets: an int8 folder. decode, serve: default random weights, of --config's size."
 )
 NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", 2000, "decode, serve: tokens for each stream (decode: refill).", lower_bound=1
@@ -41,11 +43,13 @@ TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch as well.")
 def main() -> None:
     if WHAT.value is None:
         example = command("scripts/benchmark.py", what="train")
-        raise UserError(f"say what to measure, train, decode or serve, such as: {example}")
+        raise UserError(f"say what to measure, train, decode, serve or targets, such as: {example}")
     if MODEL.value is not None and WHAT.value == "train":
         raise UserError(
             "--model is for decode and serve; train has random weights of the size in --config: leave it out"
         )
+    if MODEL.value is None and WHAT.value == "targets":
+        raise UserError("targets needs --model, the int8 folder of a model in integers")
     set_up_jax(DEVICE.value)
     sections = cli.config_sections(CONFIG)
     if sections["model"]["vocab_size"] is None:
@@ -62,6 +66,10 @@ def measure(config: Config) -> dict[str, Any]:
     from picogpt_jax.benchmarks import speed  # after set_up_jax
     from picogpt_jax.int8.folder import load_int8_model
 
+    if WHAT.value == "targets":
+        from picogpt_jax.benchmarks.targets import benchmark_targets
+
+        return benchmark_targets(load_int8_model(MODEL.value))
     if WHAT.value == "train":
         return speed.benchmark_training(config, ROUNDS.value, TORCH.value)
     model = speed.random_int8_model(config.model) if MODEL.value is None else load_int8_model(MODEL.value)

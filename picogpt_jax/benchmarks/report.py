@@ -32,6 +32,11 @@ COLUMNS = {
     "share_of_float32_matmul": ("of float32 matmul", ".1%", 1),
     "mfu": ("MFU", ".1%", 1),
     "first_call_seconds": ("first call s", ".1f", 1),
+    "weight_bytes": ("weights", ",.0f", 1),
+    "code_bytes": ("code", ",.0f", 1),
+    "ram_bytes": ("state", ",.0f", 1),
+    "stack_bytes": ("stack", ",.0f", 1),
+    "instructions_per_token": ("instructions/token", ",.0f", 1),
 }
 
 
