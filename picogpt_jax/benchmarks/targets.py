@@ -79,14 +79,18 @@ class Results:
 
 def targets() -> list[Target]:
     """All of them; gcc's where it is installed."""
-    found = []
-    for cpu in ("M0", "M3", "M33"):
-        mode = unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS
-        model = getattr(arm_const, f"UC_CPU_ARM_CORTEX_{cpu}")
-        processor = Processor(unicorn.UC_ARCH_ARM, mode, model, arm_const.UC_ARM_REG_SP, _thumb_length)
-        name = cpu.replace("M0", "M0+")  # of the same instructions
-        option = f"-mcpu=cortex_{name.lower().replace('+', 'plus')}"
-        found.append(_emulated(f"ARM Cortex-{name}", "thumb-freestanding-eabi", processor, option))
+    mode, stack = unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS, arm_const.UC_ARM_REG_SP
+    m0, m3, m33 = (
+        Processor(unicorn.UC_ARCH_ARM, mode, model, stack, _thumb_length)
+        for model in (arm_const.UC_CPU_ARM_CORTEX_M0, arm_const.UC_CPU_ARM_CORTEX_M3, arm_const.UC_CPU_ARM_CORTEX_M33)
+    )
+    arm = "thumb-freestanding-eabi"
+    found = [  # an M0+ has the instructions of an M0; -g: Zig leaves the names out of small programs
+        _emulated("ARM Cortex-M0+, -Os", arm, m0, "-mcpu=cortex_m0plus", "-Os", "-g"),
+        _emulated("ARM Cortex-M0+", arm, m0, "-mcpu=cortex_m0plus"),
+        _emulated("ARM Cortex-M3", arm, m3, "-mcpu=cortex_m3"),
+        _emulated("ARM Cortex-M33", arm, m33, "-mcpu=cortex_m33"),
+    ]
     risc_v = Processor(unicorn.UC_ARCH_RISCV, unicorn.UC_MODE_RISCV32, None, riscv_const.UC_RISCV_REG_SP)
     for cpu, option in (("rv32im", "generic_rv32+m"), ("rv32i", "generic_rv32")):
         found.append(_emulated(f"RISC-V {cpu}", "riscv32-freestanding-none", risc_v, f"-mcpu={option}"))

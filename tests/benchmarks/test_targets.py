@@ -24,7 +24,11 @@ MODELS = {
     "gelu": lambda: random_integer_model(seed=2, bias=True),
     "relu": lambda: random_integer_model("per_tensor", seed=2, activation="relu", n_head=1),
 }
-WITH_HELPERS = {"ARM Cortex-M0+", "RISC-V rv32i"}  # which have no divider, or neither divider nor multiplier
+WITH_HELPERS = {
+    "ARM Cortex-M0+",
+    "ARM Cortex-M0+, -Os",
+    "RISC-V rv32i",
+}  # which have no divider, or neither divider nor multiplier
 STACK = 2048
 
 Exported = Callable[[str], tuple[IntegerModel, Path, targets.Results]]
@@ -59,7 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_computes_what_numpy_computes(name: str, exported: Exported, compiled: Compiled) -> None:
     object_folder, called = compiled(name)
-    assert bool(called) == (name in WITH_HELPERS)
+    assert any("mem" not in function for function in called) == (name in WITH_HELPERS)
     for model_name in MODELS:
         model, folder, expected = exported(model_name)
         results, figures = targets.measure(TARGETS[name], model, folder, object_folder, called)
