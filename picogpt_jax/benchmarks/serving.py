@@ -83,7 +83,7 @@ def benchmark_serving(
     c = CGPT(models["integer"])
     jax = {arithmetic: Generator.from_int8(model).generate for arithmetic, model in models.items()}
 
-    draws = {"C": functools.partial(_generate, c)}
+    draws: dict[str, Callable[..., object]] = {"C": functools.partial(_generate, c)}
     draws |= {name: functools.partial(loop.generate, session) for name, session in sessions.items()}
     streams = {
         f"{name}, {overflow}": _drawing(draw, 1, new_tokens, overflow)
