@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from picogpt_jax.errors import UserError
-from picogpt_jax.progress import tqdm
 
 PIECE_BYTES = 1 << 22
 BYTE_ORDER_MARKS = {  # UTF-32's begins with UTF-16's
@@ -37,6 +36,8 @@ def text_pieces(path: str | os.PathLike[str], label: str | None = None) -> Itera
     Raises:
         UserError: the file is missing, a folder, unreadable, empty, or of another encoding.
     """
+    from picogpt_jax.progress import tqdm  # not at the top: a tenth of the start of who only draws text
+
     path = Path(path).absolute()  # so that a message says where a relative one was looked for
     options: dict[str, Any] = dict(unit="B", unit_scale=True, leave=False, delay=0.5, disable=None if label else True)
     try:
