@@ -138,14 +138,16 @@ def _llama_cpp_passes(model: Int8Model) -> Work:
     with tempfile.TemporaryDirectory() as folder:
         save_gguf(model, Path(folder) / "model.gguf")
         llama = LlamaCppGPT(Path(folder) / "model.gguf")._llama
-    batch, context = llama_batch_get_one((ctypes.c_int32 * 1)(), 1), llama.ctx
-    llama_cpp.llama_set_n_threads(context, 1, 1)
+    ids = (ctypes.c_int32 * 1)()
+    llama_cpp.llama_set_n_threads(llama.ctx, 1, 1)
 
     def work() -> None:
+        batch = llama_batch_get_one(ids, 1)
         for _ in range(CONTEXTS):
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
             for _ in range(model.model.block_size - 1):
-                llama_decode(context, batch)
+                if llama_decode(llama.ctx, batch):
+                    raise RuntimeError("llama.cpp did not compute a token")
 
     return work
 
