@@ -8,7 +8,7 @@ volatile int32_t request[6]; /* what; tokens of the text; then a picogpt_samplin
 volatile uint32_t answer[2];
 int32_t text[TEXT_SIZE]; /* begins with the prompt, one token */
 static PICOGPT_MEMORY(1) memory;
-static picogpt_state state;
+static picogpt_state state, *const texts = &state;
 
 void run(void)
 {
@@ -19,7 +19,7 @@ void run(void)
         answer[0] = picogpt_digest(&state);
         answer[1] = (uint32_t)(sizeof memory + sizeof state);
     } else if (request[0] == 1) {
-        picogpt_generate(&state, &sampling, 0, 0, text, 1, count, 0);
+        picogpt_generate(&texts, 1, &sampling, 0, 0, text, 0, 1, count, 0);
     } else {
         picogpt_next(&state, text[count]);
         answer[0] = (uint32_t)picogpt_draw(state.logits, PICOGPT_VOCAB_SIZE, &sampling, 0, (uint32_t)count);

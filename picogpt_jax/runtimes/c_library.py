@@ -185,7 +185,7 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
         found.picogpt_memory.argtypes = (pointer, number, pointer)
         found.picogpt_init.argtypes = (pointer, pointer, pointer, pointer, number)
         found.picogpt_forward.argtypes = (pointer, pointer, number, pointer, number)
-        found.picogpt_generate.argtypes = (pointer, pointer, word, word, pointer, number, number, number)
+        found.picogpt_generate.argtypes = (pointer, number, pointer, word, word, pointer, *[number] * 4)
         found.picogpt_digest.argtypes, found.picogpt_digest.restype = (pointer,), word
     except (OSError, AttributeError):
         return None

@@ -1,7 +1,8 @@
 """The integer model in C, as a runtime: `c/picogpt.c`, compiled for this processor, draws whole pieces of text.
 
-Streams and windows are shared out among threads, each of which computes one after the other: a token of a small model
-takes microseconds, and threads that share it would wait for each other.
+Streams and windows are shared out among threads: a token of a small model takes microseconds, and threads that share it
+would wait for each other. The streams of a thread go on together, so that each matrix is read once for all of them; of
+windows, one is computed after the other.
 
 Shapes: B streams or windows, T time, V vocabulary, N tokens of a piece.
 """
@@ -106,15 +107,17 @@ class CGPT:
         batch, stop = text_BT.shape
         first = end = stop - sampling.max_new_tokens
         states = self.new_cache(batch).texts
+        pointers = (ctypes.c_void_p * batch)(*map(ctypes.addressof, states))
+        pointer_size = ctypes.sizeof(ctypes.c_void_p)
         multiplier = int(Scale.of(sampling.temperature).multiplier) if sampling.temperature > 0 else 0
         settings = (sampling.temperature == 0, multiplier, min(sampling.top_k or 0, 2**32 - 1), sampling.seed)
         words, slides = (ctypes.c_uint32 * 4)(*settings), sampling.overflow == "slide"
         count = 1
 
         def draw(streams: range) -> None:
-            for stream in streams:
-                ids, state = text_BT[stream].ctypes.data, ctypes.byref(states[stream])
-                self._c.picogpt_generate(state, words, stream, end - first, ids, end, count, slides)
+            ids, texts = text_BT[streams.start].ctypes.data, ctypes.byref(pointers, streams.start * pointer_size)
+            place = end - first, ids, stop, end
+            self._c.picogpt_generate(texts, len(streams), words, streams.start, *place, count, slides)
 
         while end < stop:
             count, began = min(count, stop - end), time.perf_counter()

@@ -81,7 +81,8 @@ EXPORT void web_sample(int32_t is_greedy, uint32_t multiplier, uint32_t top_k, u
 /* Draws the token of an index behind `ids`: at index 0 the prompt, else the newest token alone. */
 EXPORT void web_draw(int32_t *ids, int32_t length, uint32_t index)
 {
-    picogpt_generate(&state, &sampling, 0, index, ids, length, 1, 0);
+    picogpt_state *text = &state;
+    picogpt_generate(&text, 1, &sampling, 0, index, ids, 0, length, 1, 0);
 }
 
 /* Logits [count, vocab_size] of the tokens from `position` on in a window. */

@@ -319,29 +319,45 @@ static void embed(const picogpt_matrix *table, int32_t is_per_channel, int32_t r
         x[i] += shift(codes[i], s);
 }
 
-/* At most `chunk` tokens; logits of the last `rows`. */
-static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_t *logits, int32_t rows)
+/* The text of token t of a pass, and its place there. */
+static picogpt_state *text_of(picogpt_state *const *texts, int32_t is_one_each, int32_t t)
 {
+    return texts[is_one_each ? t : 0];
+}
+
+static int32_t place_of(picogpt_state *const *texts, int32_t is_one_each, int32_t t)
+{
+    return is_one_each ? texts[t]->position : texts[0]->position + t;
+}
+
+/* At most `chunk` tokens, `step` apart in `ids`, and logits of the last `rows`: of one text, one behind the other, or one
+ * token of each text, for which every matrix is read once. Then the logits are those of each text. */
+static void pass(picogpt_state *const *texts, int32_t is_one_each, const int32_t *ids, int32_t step, int32_t count,
+                 int32_t *logits, int32_t rows)
+{
+    const picogpt_state *const state = texts[0];
     const picogpt_model *m = state->model;
-    const int32_t width = m->n_embd, hidden = m->n_hidden, first = state->position, scales = m->is_per_channel;
+    const int32_t width = m->n_embd, hidden = m->n_hidden, scales = m->is_per_channel, all = count;
     int32_t *const wide = state->wide, *const e = state->exponents, *x = state->x;
     uint8_t *const codes = state->codes;
     int32_t i, layer, t, skipped = 0;
     for (i = 0; i < count * width; i++)
         x[i] = 0;
     for (t = 0; t < count; t++) {
-        state->ids[first + t] = ids[t];
-        embed(&m->wte, scales, ids[t], width, x + t * width);
-        embed(&m->wpe, scales, first + t, width, x + t * width);
+        const int32_t place = place_of(texts, is_one_each, t), id = ids[t * step];
+        text_of(texts, is_one_each, t)->ids[place] = id;
+        embed(&m->wte, scales, id, width, x + t * width);
+        embed(&m->wpe, scales, place, width, x + t * width);
     }
     for (layer = 0; layer < m->n_layer; layer++) {
         for (t = 0; t < count; t++)
             e[t] = norm(state, &m->ln_1, layer, x + t * width, codes + t * width);
         linear(&m->c_attn, layer, 3 * width, width, scales, codes, e, count, HEAD_BITS, wide);
         for (t = 0; t < count; t++) {
-            const int32_t *key = wide + t * 3 * width + width;
-            remember(state, layer, first + t, key, state->keys, state->key_exponents, OFFSET);
-            remember(state, layer, first + t, key + width, state->values, state->value_exponents, 0);
+            const int32_t *key = wide + t * 3 * width + width, place = place_of(texts, is_one_each, t);
+            const picogpt_state *text = text_of(texts, is_one_each, t);
+            remember(text, layer, place, key, text->keys, text->key_exponents, OFFSET);
+            remember(text, layer, place, key + width, text->values, text->value_exponents, 0);
         }
         if (layer + 1 == m->n_layer) { /* what comes after is for logits alone */
             skipped = count - rows;
@@ -349,7 +365,8 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
             count = rows;
         }
         for (t = 0; t < count; t++)
-            e[t] = attend(state, layer, first + skipped + t, wide + (skipped + t) * 3 * width, codes + t * width);
+            e[t] = attend(text_of(texts, is_one_each, t), layer, place_of(texts, is_one_each, skipped + t),
+                          wide + (skipped + t) * 3 * width, codes + t * width);
         linear(&m->attn_c_proj, layer, width, width, scales, codes, e, count, RESIDUAL_BITS, wide);
         add(x, wide, count * width);
         for (t = 0; t < count; t++)
@@ -363,8 +380,14 @@ static void pass(picogpt_state *state, const int32_t *ids, int32_t count, int32_
     }
     for (t = 0; t < rows; t++)
         e[t] = norm(state, &m->ln_f, 0, x + t * width, codes + t * width);
-    linear(&m->wte, 0, m->vocab_size, width, scales, codes, e, rows, RESIDUAL_BITS, logits);
-    state->position = first + skipped + rows;
+    if (is_one_each)
+        for (t = 0; t < rows; t++)
+            linear(&m->wte, 0, m->vocab_size, width, scales, codes + t * width, e + t, 1, RESIDUAL_BITS,
+                   texts[t]->logits);
+    else
+        linear(&m->wte, 0, m->vocab_size, width, scales, codes, e, rows, RESIDUAL_BITS, logits);
+    for (t = 0; t < all; t++)
+        text_of(texts, is_one_each, t)->position++;
 }
 
 /* ---- a text ---- */
@@ -408,7 +431,7 @@ void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, in
 {
     while (count > 0) {
         const int32_t n = smaller(count, state->chunk), wanted = larger(rows - (count - n), 0);
-        pass(state, ids, n, logits, wanted);
+        pass(&state, 0, ids, 1, n, logits, wanted);
         ids += n;
         count -= n;
         rows -= wanted;
@@ -423,15 +446,21 @@ void picogpt_start(picogpt_state *state, const int32_t *ids, int32_t count)
     picogpt_forward(state, ids + (count - seen), seen, state->logits, 1);
 }
 
-void picogpt_next(picogpt_state *state, int32_t id)
+/* A token for each text, `step` apart. */
+static void next(picogpt_state *const *texts, int32_t count, const int32_t *ids, int32_t step)
 {
-    const int32_t full = state->model->block_size, kept = larger(full >> 1, 1) - 1;
-    if (state->position == full) {
-        state->position = 0;
-        picogpt_forward(state, state->ids + (full - kept), kept, state->logits, 0);
-    }
-    picogpt_forward(state, &id, 1, state->logits, 1);
+    const int32_t full = texts[0]->model->block_size, kept = larger(full >> 1, 1) - 1, chunk = texts[0]->chunk;
+    int32_t i;
+    for (i = 0; i < count; i++)
+        if (texts[i]->position == full) {
+            texts[i]->position = 0;
+            picogpt_forward(texts[i], texts[i]->ids + (full - kept), kept, texts[i]->logits, 0);
+        }
+    for (i = 0; i < count; i += chunk)
+        pass(texts + i, 1, ids + i * step, step, smaller(count - i, chunk), 0, smaller(count - i, chunk));
 }
+
+void picogpt_next(picogpt_state *state, int32_t id) { next(&state, 1, &id, 0); }
 
 /* ---- draws ---- */
 
@@ -515,15 +544,20 @@ int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sa
     return token;
 }
 
-void picogpt_generate(picogpt_state *state, const picogpt_sampling *sampling, uint32_t stream, uint32_t index,
-                      int32_t *ids, int32_t length, int32_t count, int32_t slides)
+void picogpt_generate(picogpt_state *const *texts, int32_t count, const picogpt_sampling *sampling, uint32_t stream,
+                      uint32_t index, int32_t *ids, int32_t step, int32_t length, int32_t new_tokens, int32_t slides)
 {
-    for (; count > 0; count--, index++, length++) {
-        if (index == 0 || (slides && state->position == state->model->block_size))
-            picogpt_start(state, ids, length);
+    const picogpt_model *model = texts[0]->model;
+    int32_t i;
+    for (; new_tokens > 0; new_tokens--, index++, length++) {
+        if (index == 0 || (slides && texts[0]->position == model->block_size))
+            for (i = 0; i < count; i++)
+                picogpt_start(texts[i], ids + i * step, length);
         else
-            picogpt_next(state, ids[length - 1]);
-        ids[length] = picogpt_draw(state->logits, state->model->vocab_size, sampling, stream, index);
+            next(texts, count, ids + (length - 1), step);
+        for (i = 0; i < count; i++)
+            ids[i * step + length] =
+                picogpt_draw(texts[i]->logits, model->vocab_size, sampling, stream + (uint32_t)i, index);
     }
 }
 

@@ -94,10 +94,11 @@ void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, in
 int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sampling *sampling, uint32_t stream,
                      uint32_t index);
 
-/* Draws `count` tokens of a stream from `index` on, behind `ids`: the text so far, `length` tokens, and room for them.
- * Index 0 begins the text. `slides`: a full cache is computed anew for each token (`--overflow=slide`). */
-void picogpt_generate(picogpt_state *state, const picogpt_sampling *sampling, uint32_t stream, uint32_t index,
-                      int32_t *ids, int32_t length, int32_t count, int32_t slides);
+/* Draws tokens for `count` texts, streams from `stream` on, from `index` on. `ids`: the texts so far, `length` tokens each
+ * and room for the new ones, `step` apart. Index 0 begins the texts. What is faster together is computed together.
+ * `slides`: a full cache is computed anew for each token (`--overflow=slide`). */
+void picogpt_generate(picogpt_state *const *texts, int32_t count, const picogpt_sampling *sampling, uint32_t stream,
+                      uint32_t index, int32_t *ids, int32_t step, int32_t length, int32_t new_tokens, int32_t slides);
 
 /* FNV-1a, 32 bits, of the logits and the draws of 16 tokens. A port that computes what it should gets model->digest. */
 uint32_t picogpt_digest(picogpt_state *state);
