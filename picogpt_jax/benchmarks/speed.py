@@ -240,6 +240,7 @@ def in_both(model: Int8Model | IntegerModel) -> dict[Arithmetic, Any]:
 def random_int8_model(config: ModelConfig) -> Int8Model:
     """An untrained model, per channel and with int8 activations: as fast as a trained one."""
     generator = np.random.default_rng(0)
+    first = 0x20 if config.vocab_size < 96 else 0x10000  # GGUF takes ASCII alone
     matrices = {
         name: Int8Tensor(
             codes=generator.integers(-127, 128, shape, dtype=np.int8),
@@ -255,7 +256,7 @@ def random_int8_model(config: ModelConfig) -> Int8Model:
         model=config,
         quantization=Quantization(weight_granularity="per_channel", activation_bits=8),
         training={},
-        vocabulary=Vocabulary(itos=tuple(chr(0x10000 + token) for token in range(config.vocab_size))),
+        vocabulary=Vocabulary(itos=tuple(chr(first + token) for token in range(config.vocab_size))),
         matrices=matrices,
         vectors=vectors,
     )

@@ -73,7 +73,11 @@ class IntegerGraph(IntegerNodes):
         return helper.make_graph(self.nodes, "picogpt", inputs, outputs, list(self.initializers.values()))
 
     def signature(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-        """The inputs and outputs, named as Optimum names them; the scales' names are ours."""
+        """The inputs and outputs, named as Optimum names them; the scales' names are ours.
+
+        Optimum's `generate` begins with no positions of D features for each of them, the scales, too; so a scale that
+        comes in may have any width.
+        """
         config, info = self.config, helper.make_tensor_value_info
         time, total = ["batch_size", "sequence_length"], "past_sequence_length + sequence_length"
         inputs = [
@@ -84,9 +88,9 @@ class IntegerGraph(IntegerNodes):
         outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "kept_sequence_length", config.vocab_size])]
         for layer in range(config.n_layer):
             for kind in ("key", "value"):
-                parts = ((kind, TensorProto.INT8, config.head_size), (f"{kind}_scale", TensorProto.FLOAT, 1))
-                for part, dtype, size in parts:
-                    past: list[str | int | None] = ["batch_size", config.n_head, "past_sequence_length", size]
+                codes = (kind, TensorProto.INT8, config.head_size, config.head_size)
+                for part, dtype, width, size in (codes, (f"{kind}_scale", TensorProto.FLOAT, "scale_width", 1)):
+                    past: list[str | int | None] = ["batch_size", config.n_head, "past_sequence_length", width]
                     inputs.append(info(f"past_key_values.{layer}.{part}", dtype, past))
                     outputs.append(info(f"present.{layer}.{part}", dtype, [*past[:2], total, size]))
         return inputs, outputs
@@ -264,6 +268,8 @@ class IntegerGraph(IntegerNodes):
         for kind, code, scale in zip(("key", "value"), codes, scales, strict=True):
             for part, new in ((kind, code), (f"{kind}_scale", scale)):
                 past, output = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+                if part != kind:
+                    past = self.add("Gather", past, self.integers(0), axis=3)
                 present.append(self.add("Concat", past, new, axis=2, output=output))
         k, k_scale, v, v_scale = present
         q, q_scale = (self.kept(value, 2, first_kept) for value in (q, q_scale))

@@ -119,7 +119,7 @@ def feeds(model: IntegerModel, tokens_BT: np.ndarray, mask_BS: np.ndarray, past:
     """As transformers prepares them: positions count what the mask admits."""
     config, batch = model.model, len(tokens_BT)
     if past is None:
-        sizes = {"key": ("i1", config.head_size), "key_scale": ("f4", 1)}
+        sizes = {"key": ("i1", config.head_size), "key_scale": ("f4", config.head_size)}  # as Optimum begins
         sizes |= {name.replace("key", "value"): size for name, size in sizes.items()}
         past = {
             f"past_key_values.{layer}.{name}": np.zeros((batch, config.n_head, 0, size), dtype)
