@@ -13,7 +13,7 @@ from typing import Literal
 
 from picogpt_jax.planning.hlo import Computation, Instruction, Module, integers, replica_groups
 from picogpt_jax.planning.loops import Executed, executed
-from picogpt_jax.planning.memory import CUBLAS, CUDNN_BACKWARD, CUDNN_FORWARD, MARKERS, memory_bytes
+from picogpt_jax.planning.memory import CUBLAS, CUBLAS_GEMM, CUDNN_BACKWARD, CUDNN_FORWARD, MARKERS, memory_bytes
 
 PRODUCTS = ("dot", "convolution")
 # Products of the splash attention kernels: scores and result; scores again, their gradient and the queries'; both, and
@@ -143,7 +143,7 @@ def _calls(module: Module, item: Executed) -> list[tuple[Instruction, Computatio
 
 
 def _called_products(instruction: Instruction, computation: Computation) -> list[Product]:
-    if instruction.target == CUBLAS:
+    if instruction.target in (CUBLAS, CUBLAS_GEMM):
         return [Product(_flops(instruction, computation), _precision(instruction, computation))]
     if instruction.target in CUDNN_PRODUCTS:
         return _cudnn_products(instruction, computation)

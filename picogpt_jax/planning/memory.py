@@ -11,7 +11,13 @@ IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # they change parts of an 
 MARKERS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound"}
 MARKERS |= {"GatherScatterIndicesBitpacked", "ConcatBitcast"}
 CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD = "__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-WITH_WORKSPACE = {CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD}  # the last array of their results: scratch, of unknown traffic
+CUBLAS_GEMM = "__cublas$gemm"  # cuBLAS's older function, which the autotuner may take on a real GPU
+WITH_WORKSPACE = {
+    CUBLAS,
+    CUBLAS_GEMM,
+    CUDNN_FORWARD,
+    CUDNN_BACKWARD,
+}  # the last array of their results: scratch, of unknown traffic
 
 
 def memory_bytes(module: Module, item: Executed) -> int:
