@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from picogpt_jax.benchmarks import run_page
+from picogpt_jax.benchmarks import html_page, run_page
 from picogpt_jax.benchmarks.run_report import FLOAT, History, Measurement
 from picogpt_jax.int8.convert import TensorReport
 
@@ -169,8 +169,8 @@ def test_the_page_needs_nothing_else(histories: list[History]) -> None:
     tags = {tag for tag, _ in page.found}
     assert not tags & {"script", "link", "img", "iframe", "object", "use", "image"}
     assert not page.attributes("src") + page.attributes("href")
-    assert "url(" not in run_page.STYLE
-    assert "@import" not in run_page.STYLE
+    assert "url(" not in html_page.STYLE
+    assert "@import" not in html_page.STYLE
     names = page.attributes("id")
     assert len(names) == len(set(names))
     assert {name for value in page.attributes("aria-labelledby") for name in value.split()} <= set(names)
@@ -180,8 +180,8 @@ def test_the_page_needs_nothing_else(histories: list[History]) -> None:
 def test_every_class_has_a_style_and_dark_pages_change_every_colour() -> None:
     page = parsed(HISTORY, OTHER)
     used = {name for value in page.attributes("class") for name in value.split()} - {"numbers"}
-    assert not {name for name in used if f".{name}" not in run_page.STYLE}
+    assert not {name for name in used if f".{name}" not in html_page.STYLE}
     light, dark, printed = (
-        set(re.findall(r"(--\w+):#", block)) for block in re.findall(r":root\{(.*?)\}", run_page.STYLE, re.DOTALL)
+        set(re.findall(r"(--\w+):#", block)) for block in re.findall(r":root\{(.*?)\}", html_page.STYLE, re.DOTALL)
     )
     assert light == dark == printed
