@@ -71,7 +71,7 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
     Raises:
         UserError: `with_torch`, and PyTorch is missing or has no such device.
     """
-    tokens = _random_tokens(config)
+    tokens = random_tokens(config)
     qat = JaxTraining(config, "mixed", tokens)
     same = dataclasses.replace(config.train, attention=qat.trainer.attention)  # which may have been measured
     steps: dict[str, Work] = {
@@ -98,7 +98,8 @@ def benchmark_training(config: Config, rounds: int, with_torch: bool) -> dict[st
     return make_report("train", settings, figures, timings, TRAIN_COMPARISONS)
 
 
-def _random_tokens(config: Config) -> Tokens:
+def random_tokens(config: Config) -> Tokens:
+    """A text for training whose content does not matter."""
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, CORPUS_TOKENS + config.model.block_size)
     return Tokens(ids=ids.astype(np.uint16), path=Path("random"))
 
@@ -127,15 +128,17 @@ def _add_shares(figures: dict[str, Figures], names: list[str], devices: int) -> 
             figures[name]["mfu"] = mfu
 
 
+def with_arithmetic(config: Config, arithmetic: Arithmetic | None) -> Config:
+    """QAT from the first step in this arithmetic; training in float for None."""
+    quant = dataclasses.replace(config.quant, mode="int8" if arithmetic else "none", start_step=0)
+    return dataclasses.replace(config, quant=dataclasses.replace(quant, arithmetic=arithmetic or quant.arithmetic))
+
+
 class JaxTraining:
     """Training steps as `picogpt_jax.training.loop.train` dispatches them."""
 
     def __init__(self, config: Config, arithmetic: Arithmetic | None, tokens: Tokens) -> None:
-        """QAT for this arithmetic; training in float for None."""
-        quant = dataclasses.replace(config.quant, mode="int8" if arithmetic else "none", start_step=0)
-        if arithmetic:
-            quant = dataclasses.replace(quant, arithmetic=arithmetic)
-        config = dataclasses.replace(config, quant=quant)
+        config = with_arithmetic(config, arithmetic)
         self.trainer = Trainer(config)
         self.batches = Batches(config, tokens, self.trainer.mesh)
         self.state = self.trainer.init()
