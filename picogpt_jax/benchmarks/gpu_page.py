@@ -7,7 +7,7 @@ from picogpt_jax.benchmarks.gpu import CONTENDERS, DEFAULT, GPT2
 from picogpt_jax.benchmarks.html_page import document, html_table, section, shown
 
 MARK = '<meta name="generator" content="picogpt_jax gpu">'  # of a file that a new page may replace
-NAME_LENGTH = 100  # of a kernel
+NAME_LENGTH = 80  # of a kernel
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -23,10 +23,11 @@ def page(report: Mapping[str, Any]) -> str:
 def _machine(report: Mapping[str, Any], device: Mapping[str, Any] | None) -> str:
     facts = [("Date", report["date"], ""), ("Measured in", f"{report['seconds']:.0f} s", "")]
     if device:
-        versions = ", ".join(f"{name} {version}" for name, version in device["versions"].items())
+        jax = f"jax {device['versions']['jax']}"
+        versions = {f"{name} {version}" for name, version in device["versions"].items()} - {jax}
         memory = _gibibytes(device["memory_limit_bytes"])
         facts.insert(0, ("GPU", device["device_kind"], memory and f"{memory} GiB for JAX"))
-        facts += [("CPU", device["cpu"], f"{device['cores']} cores"), ("Versions", device["versions"]["jax"], versions)]
+        facts += [("CPU", device["cpu"], f"{device['cores']} cores"), ("Versions", jax, ", ".join(sorted(versions)))]
         facts.append(("Platform", device["platform_version"], ""))
     return f'<section aria-label="Summary">{_facts(facts)}</section>'
 
@@ -40,10 +41,10 @@ def _facts(facts: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
-    words = {True: "met", False: "missed", None: "open"}
-    rows = [[row["goal"], row["found"], words[row["is_met"]]] for row in goals]
+    words = {True: "\u2713 met", False: "\u2717 missed", None: "open"}
+    rows = [[row["goal"], f"{words[row['is_met']]}: {row['found']}"] for row in goals]
     met = sum(row["is_met"] is True for row in goals)
-    return section("Goals", html_table(f"{met} of {len(rows)} are met", ["goal", "found", ""], rows, "words"))
+    return section("Goals", html_table(f"{met} of {len(rows)} are met", ["goal", "found"], rows, "words"))
 
 
 def _steps(results: Mapping[str, Any]) -> str:
@@ -64,9 +65,9 @@ def _steps(results: Mapping[str, Any]) -> str:
             row += [_gibibytes(plan and plan["bytes_per_chip"]), f"{steps['compile_seconds']:.1f}", steps["attention"]]
             rows.append(row)
         tokens = f"{first['batch_size']} x {first['block_size']} tokens a step"
-        caption = f"{model}, {first['parameters']:,} parameters, {tokens}, remat {first['remat']}"
+        caption = f"{first['parameters']:,} parameters, {tokens}, remat {first['remat']}"
         head = ["", "ms a step", "least", "of bf16", "tokens/s", "MFU", "peak GiB", "compiled", "planned", "compile, s"]
-        parts.append(html_table(caption, [*head, "attention"], rows))
+        parts.append(f"<h3>{model}</h3>" + html_table(caption, [*head, "attention"], rows))
     note = (
         '<p class="soft">Medians of rounds of several steps. Memory: the most that was in use; what the compiler asks '
         "for; what scripts/plan.py says without a GPU. MFU is against the bfloat16 peak of the data sheet.</p>"
@@ -92,7 +93,7 @@ def _kernels(results: Mapping[str, Any]) -> list[str]:
                     for row in steps["kernels"]
                 ]
                 caption = f"{model}, {name}: {steps['steps_per_round']} steps"
-                traces.append(html_table(caption, ["kernel", "ms", "calls", "share"], named, "words"))
+                traces.append(html_table(caption, ["kernel", "ms", "calls", "share"], named))
     if not rows:
         return []
     head = ["", "operands", "kernels", "tensor cores", "products a step", "of the FLOPs"]
@@ -139,16 +140,16 @@ def _tests(results: Mapping[str, Any]) -> str:
     if tests is None:
         return ""
     counts = ", ".join(f"{count} {name}" for name, count in tests["counts"].items())
-    failures = "".join(f"<li>{shown(line)}</li>" for line in tests["failures"])
-    return section("Tests", f"<p>{counts}, in {shown(', '.join(tests['files']))}.</p>", f"<ul>{failures}</ul>")
+    failures = f"<pre>{shown(chr(10).join(tests['failures']))}</pre>" if tests["failures"] else ""
+    return section("Tests", f"<p>{counts}, in {shown(', '.join(tests['files']))}.</p>", failures)
 
 
 def _parts(report: Mapping[str, Any]) -> str:
     rows = [
-        [name, f"{part['seconds']:.0f} of {part['budget_seconds']:.0f}", part.get("error", "done"), part["what"]]
+        [name, part["what"], f"{part.get('error', 'done')}, {part['seconds']:.0f} of {part['budget_seconds']:.0f} s"]
         for name, part in report["parts"].items()
     ]
-    return section("Parts", html_table("What ran", ["part", "seconds", "how it ended", "what"], rows, "words"))
+    return section("Parts", html_table("What ran", ["part", "what", "how it ended"], rows, "words"))
 
 
 def _gibibytes(n_bytes: float | None) -> str:
