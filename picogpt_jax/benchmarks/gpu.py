@@ -75,6 +75,9 @@ def run_parts(
 
     Returns:
         The report: a JSON value, see `picogpt_jax.benchmarks.gpu_page`.
+
+    Raises:
+        UserError: the first part failed.
     """
     now = datetime.datetime.now(datetime.UTC)
     began = time.monotonic()
@@ -89,6 +92,8 @@ def run_parts(
                 raise PartError(f"the {total_seconds:.0f} s of all parts were over")
             entry["result"] = results[part.name] = part.work(left, results)
         except (PartError, UserError) as error:
+            if part is parts[0]:  # there is no GPU, or it does not work
+                raise UserError(error) from None
             entry["error"] = str(error)
         except Exception as error:  # a defect of this part's is no reason to lose the others
             entry["error"] = f"{type(error).__name__}: {reason(error)}"

@@ -69,8 +69,9 @@ def _steps(results: Mapping[str, Any]) -> str:
         head = ["", "ms a step", "least", "of bf16", "tokens/s", "MFU", "peak GiB", "compiled", "planned", "compile, s"]
         parts.append(f"<h3>{model}</h3>" + html_table(caption, [*head, "attention"], rows))
     note = (
-        '<p class="soft">Medians of rounds of several steps. Memory: the most that was in use, tuning included; what the compiler asks '
-        "for; what scripts/plan.py says without a GPU. MFU is against the bfloat16 peak of the data sheet.</p>"
+        '<p class="soft">Medians of rounds of several steps. Memory: the most that was in use, tuning included; what '
+        "the compiler asks for; what scripts/plan.py says without a GPU. MFU is against the bfloat16 peak of the data "
+        "sheet.</p>"
     )
     return section("Training steps", note, *parts) if parts else ""
 

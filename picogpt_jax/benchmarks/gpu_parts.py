@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -258,11 +259,25 @@ def answer(question: dict[str, Any]) -> Any:
     return steps(**arguments)
 
 
+def check_platform(platforms: str) -> None:
+    """Where JAX can use no GPU it takes the next platform of the list, without a word.
+
+    Raises:
+        UserError: it did.
+    """
+    if platforms.startswith("cuda") and jax.default_backend() != "gpu":
+        raise UserError(
+            "the system shows a GPU, which JAX cannot use; pip install 'picogpt_jax[cuda]', and see that nvidia-smi "
+            "lists the GPU"
+        )
+
+
 def main() -> None:
     """Reads the question, answers it on the last line of stdout; a `UserError` is one line on stderr, status 2."""
     question = json.load(sys.stdin)
     try:
         set_up_jax()
+        check_platform(os.environ.get("JAX_PLATFORMS", ""))
         print(json.dumps(answer(question)), flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")

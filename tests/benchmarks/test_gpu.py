@@ -65,6 +65,14 @@ def test_a_part_that_fails_is_written_down_and_the_next_one_runs() -> None:
     assert json.loads(saved[-1]) == json.loads(json.dumps(report))
 
 
+def test_nothing_runs_after_a_first_part_that_failed() -> None:
+    def fails(seconds: float, results: Mapping[str, Any]) -> Any:
+        raise PartError("no GPU")
+
+    with pytest.raises(UserError, match="^no GPU$"):
+        gpu.run_parts([Part("one", "", 9.0, fails)], lambda report: pytest.fail("nothing to save"))
+
+
 def test_no_part_has_more_than_what_is_left_of_the_whole() -> None:
     given = []
 

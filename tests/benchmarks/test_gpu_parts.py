@@ -85,6 +85,12 @@ def test_a_trace_is_reduced_to_the_kernels_of_the_gpus_streams(tmp_path: Path) -
     ]
 
 
+def test_a_gpu_that_jax_cannot_use_is_not_replaced_by_the_cpu() -> None:
+    with pytest.raises(UserError, match=r"the system shows a GPU, which JAX cannot use; pip install .*\[cuda\]"):
+        gpu_parts.check_platform("cuda,cpu")
+    gpu_parts.check_platform("cpu")
+
+
 def test_a_plan_is_of_one_such_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
