@@ -69,7 +69,7 @@ def test_nothing_runs_after_a_first_part_that_failed() -> None:
     def fails(seconds: float, results: Mapping[str, Any]) -> Any:
         raise PartError("no GPU")
 
-    with pytest.raises(UserError, match="^no GPU$"):
+    with pytest.raises(UserError, match=r"^no GPU$"):
         gpu.run_parts([Part("one", "", 9.0, fails)], lambda report: pytest.fail("nothing to save"))
 
 
@@ -164,7 +164,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> dict[str
     """Of the whole benchmark, with tiny models on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_parts, "SIZES", (({}, (1, 3)),))
-        patch.delitem(gpu.CONTENDERS, "int8 mixed")  # to compile less
+        patch.setattr(gpu, "CONTENDERS", {"bf16": None, "int8 integer": "integer"})  # to compile less
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")  # of the processes
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
         models = {DEFAULT: tiny_config(), GPT2: tiny_config()}
