@@ -244,8 +244,9 @@ def test_train_writes_the_report_that_it_prints(run_script: RunScript, tmp_path:
     ("arguments", "message"),
     [
         ([], "say what to measure"),
-        (["sleep"], "value should be one of <train|decode|serve>"),
+        (["sleep"], "value should be one of <train|decode|serve|targets|gpu>"),
         (["train", "--model=int8"], "--model is for decode and serve"),
+        (["gpu", "--model=int8"], "gpu has random weights"),
         (["decode", "--model=nowhere", "--device=cpu"], "nowhere is not a folder"),
     ],
 )
