@@ -12,12 +12,8 @@ MARKERS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Ass
 MARKERS |= {"GatherScatterIndicesBitpacked", "ConcatBitcast"}
 CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD = "__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 CUBLAS_GEMM = "__cublas$gemm"  # cuBLAS's older function, which the autotuner may take on a real GPU
-WITH_WORKSPACE = {
-    CUBLAS,
-    CUBLAS_GEMM,
-    CUDNN_FORWARD,
-    CUDNN_BACKWARD,
-}  # the last array of their results: scratch, of unknown traffic
+# The last array of their results is scratch, of unknown traffic.
+WITH_WORKSPACE = {CUBLAS, CUBLAS_GEMM, CUDNN_FORWARD, CUDNN_BACKWARD}
 
 
 def memory_bytes(module: Module, item: Executed) -> int:
