@@ -227,7 +227,8 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         keep_cache: bool = False,
         last_only: bool = False,
-    ) -> Float[Array, "B t V"] | tuple[Float[Array, "B t V"], KVCache]:
+        headless: bool = False,
+    ) -> Float[Array, "B t V"] | Float[Array, "B T C"] | tuple[Float[Array, "B t V"], KVCache]:
         """Logits of the next token at every position.
 
         Args:
@@ -236,6 +237,7 @@ class GPT(nn.Module):
             key: dropout's key; None in evaluation.
             cache: keys and values of earlier positions.
             last_only: compute the logits of the last position only, [B, 1, V].
+            headless: without a cache, return what `head` makes logits of.
 
         Returns:
             float32 logits; with a cache also the cache after these tokens. Positions must stay below `block_size`:
@@ -265,7 +267,10 @@ class GPT(nn.Module):
                 # Of the last layer, only the keys and values of the other positions matter to the last one.
                 x_BTC, updated = block(x_BTC, key, past, last_only and layer == config.n_layer - 1)
                 updates.append(updated)
-        logits_BTV = constrain(self.wte.attend(self.ln_f(x_BTC)).astype(jnp.float32), "batch", None, "vocab")
+        x_BTC = self.ln_f(x_BTC)
+        if headless:
+            return x_BTC
+        logits_BTV = self.head(x_BTC)
         if cache is None and not keep_cache:
             return logits_BTV
         if cache is None:
@@ -273,6 +278,10 @@ class GPT(nn.Module):
             updates = [tuple(jnp.pad(array, room) for array in kept) for kept in updates]
         place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
         return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time))
+
+    def head(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
+        """float32 logits; of the parameters it needs those of `wte` alone."""
+        return constrain(self.wte.attend(x_BTC).astype(jnp.float32), "batch", None, "vocab")
 
     def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         """All blocks, scanned or rematerialised."""

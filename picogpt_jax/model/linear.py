@@ -163,7 +163,9 @@ class Embedding(nn.Module):
             logits_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
         if self.used is None or self.used == self.rows:
             return logits_BTV
-        return jnp.where(jnp.arange(self.rows)[None, None] < self.used, logits_BTV, jnp.finfo(logits_BTV.dtype).min)
+        # The logits of padding are zeros. Added to, they have the gradient as it comes: no copy of it is masked.
+        padding_V = jnp.where(jnp.arange(self.rows) < self.used, 0.0, jnp.finfo(logits_BTV.dtype).min)
+        return logits_BTV + as_row(padding_V.astype(logits_BTV.dtype), logits_BTV.ndim)
 
 
 def matmul(

@@ -27,6 +27,7 @@ from picogpt_jax.model.quantization import ROUNDING
 from picogpt_jax.text.batches import Tokens, batch_starts
 from picogpt_jax.training import checkpoint
 from picogpt_jax.training.evaluate import Evaluator
+from picogpt_jax.training.loss import SMALL_VOCABULARY, mean_loss, time_parts
 from picogpt_jax.training.optimizer import make_optimizer
 
 RESIDENT_BYTES = 256 << 20  # a training split up to this size lies on the device
@@ -203,11 +204,24 @@ class Trainer:
         convert = lambda state: layers.relayout(state, self.config.train.scan_layers)  # noqa: E731
         return jax.jit(convert, out_shardings=shardings, compiler_options=self.compiler_options)(state)
 
-    def _loss(self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode) -> Float[Array, ""]:
+    def _loss(
+        self, params: Any, tokens_BT1: Int[Array, "B T1"], key: DropoutKey, mode: Mode, scale: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """`scale` times the mean loss."""
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
         rngs = {ROUNDING: jax.random.fold_in(jax.random.key(key.seed), key.row)}
-        logits_BTV = self.model(mode).apply({"params": params}, tokens_BT1[:, :-1], key, rngs=rngs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT1[:, 1:]).mean()
+        model, tokens_BT, targets_BT = self.model(mode), tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+        vocabulary = self.config.model.vocab_size
+        if vocabulary <= SMALL_VOCABULARY:
+            logits_BTV = model.apply({"params": params}, tokens_BT, key, rngs=rngs)
+            return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean() * scale
+        x_BTC = model.apply({"params": params}, tokens_BT, key, headless=True, rngs=rngs)
+        head = lambda wte, x_BtC: model.apply({"params": {"wte": wte}}, x_BtC, rngs=rngs, method="head")  # noqa: E731
+        data, fsdp, tensor = self.mesh.devices.shape
+        sequences = max(targets_BT.shape[0] // (data * fsdp), 1)
+        parts = time_parts(sequences, targets_BT.shape[1], vocabulary // tensor)
+        dtype = self.backward_dtype or self.dtype
+        return mean_loss(head, params["wte"], x_BTC, targets_BT, scale, parts, dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
         """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""
@@ -216,9 +230,7 @@ class Trainer:
 
         def part(index: Int[Array, ""], tokens: Int[Array, "b T1"]) -> tuple[Float[Array, ""], Any]:
             key = DropoutKey(seed=seed, row=(index * rows).astype(jnp.uint32))
-            scaled = lambda params: self._loss(params, tokens, key, mode) * state.loss_scale  # noqa: E731
-            loss, gradients = jax.value_and_grad(scaled)(state.params)
-            return loss, gradients
+            return jax.value_and_grad(self._loss)(state.params, tokens, key, mode, state.loss_scale)
 
         if self.parts == 1:
             loss, gradients = part(jnp.int32(0), tokens_BT1)

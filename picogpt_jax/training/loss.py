@@ -1,0 +1,75 @@
+"""The loss over a large vocabulary: its gradient is written once, in the compute type, beside a part of the logits.
+
+Float32 logits of GPT-2's vocabulary are the largest arrays of a training step, and `jax.grad` of a cross-entropy makes
+more of them: the softmax's gradient, a scatter into it, the product's copy in the compute type. Here the head and the
+loss go through the sequences part by part, and each part leaves behind only what the backward pass's products read,
+
+    d loss / d logits = (softmax(logits) - onehot(target)) / number of targets
+
+Shapes: B batch, T time, t time of a part, C width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+SMALL_VOCABULARY = 8192  # up to here logits are no burden, and the loss is the plain one
+PART_LOGITS = 1 << 27  # of one device at once: 512 MiB in float32
+
+
+def time_parts(sequences: int, time: int, vocabulary: int) -> int:
+    """In how many parts a device's sequences are cut, so that a part has `PART_LOGITS` logits or is one position."""
+    fits = max(PART_LOGITS // (sequences * vocabulary), 1)
+    return next(parts for parts in range(1, time + 1) if time % parts == 0 and time // parts <= fits)
+
+
+@jax.custom_vjp
+def with_gradient(logits: Float[Array, "..."], loss: Float[Array, ""], gradient: Float[Array, "..."]) -> Array:
+    """`loss`, whose gradient at `logits` is `gradient`; the logits' own values are not needed, nor computed."""
+    return loss
+
+
+with_gradient.defvjp(
+    lambda logits, loss, gradient: (loss, (jnp.zeros((), logits.dtype), gradient)),
+    lambda kept, factor: (kept[1].astype(kept[0].dtype) * factor, None, None),
+)
+
+
+def mean_loss(
+    head: Callable[[Any, Float[Array, "B t C"]], Float[Array, "B t V"]],
+    weights: Any,
+    x_BTC: Float[Array, "B T C"],
+    targets_BT: Int[Array, "B T"],
+    scale: Float[Array, ""],
+    parts: int,
+    dtype: jnp.dtype,
+) -> Float[Array, ""]:
+    """`scale` times the mean cross-entropy, in nats.
+
+    Args:
+        head: (weights, x) -> float32 logits, each position's of itself alone.
+        scale: float16's loss scale: it is in the gradient before that is rounded.
+        parts: of the time; divides it.
+        dtype: of the logits' gradient.
+    """
+    time = x_BTC.shape[1] // parts
+    constant_weights, constant_BTC = lax.stop_gradient((weights, x_BTC))
+
+    def part(gradient_BTV: Array, first: Array) -> tuple[Array, Array]:
+        x_BtC, targets_Bt = (lax.dynamic_slice_in_dim(array, first, time, 1) for array in (constant_BTC, targets_BT))
+        logits_BtV = head(constant_weights, x_BtC)
+        # Compared, not indexed: a scatter would be one more array of this size.
+        is_target = lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2) == targets_Bt[..., None]
+        normalizer_Bt1 = jax.nn.logsumexp(logits_BtV, -1, keepdims=True)
+        losses_Bt = normalizer_Bt1[..., 0] - jnp.where(is_target, logits_BtV, 0.0).sum(-1)
+        rise_BtV = (jnp.exp(logits_BtV - normalizer_Bt1) - is_target) * (scale / targets_BT.size)
+        return lax.dynamic_update_slice_in_dim(gradient_BTV, rise_BtV.astype(dtype), first, 1), losses_Bt
+
+    logits_BTV = head(weights, x_BTC)  # for its gradient
+    empty_BTV = lax.empty(logits_BTV.shape, dtype)
+    gradient_BTV, losses = lax.scan(part, empty_BTV, time * jnp.arange(parts))
+    return with_gradient(logits_BTV, losses.mean() * scale, gradient_BTV)

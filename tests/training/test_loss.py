@@ -1,0 +1,105 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import BATCHES, VOCABULARY, tiny_config
+
+from picogpt_jax.devices import sharding
+from picogpt_jax.training import loss as loss_module
+from picogpt_jax.training import trainer as trainer_module
+from picogpt_jax.training.loss import mean_loss, time_parts
+from picogpt_jax.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
+
+B, T, C, V = 2, 6, 4, 10
+WEIGHTS_VC = jax.random.normal(jax.random.key(0), (V, C))
+X_BTC = jax.random.normal(jax.random.key(1), (B, T, C))
+TARGETS_BT = jax.random.randint(jax.random.key(2), (B, T), 0, V)
+
+
+def head(weights_VC: jax.Array, x_BTC: jax.Array) -> jax.Array:
+    return jnp.einsum("btc,vc->btv", x_BTC, weights_VC)
+
+
+def plain(weights_VC: jax.Array, x_BTC: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(head(weights_VC, x_BTC), TARGETS_BT).mean()
+
+
+def in_parts(parts: int, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
+    dtype, scale = jnp.dtype(dtype), jnp.float32(scale)
+    return lambda weights_VC, x_BTC: mean_loss(head, weights_VC, x_BTC, TARGETS_BT, scale, parts, dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 6])
+def test_loss_and_gradients_are_those_of_the_plain_loss(parts: int) -> None:
+    """Also where the loss is not the last of what is differentiated."""
+    doubled = lambda *operands: 2.0 * in_parts(parts)(*operands)  # noqa: E731
+    expected, expected_gradients = jax.value_and_grad(plain, (0, 1))(WEIGHTS_VC, X_BTC)
+    actual, gradients = jax.jit(jax.value_and_grad(doubled, (0, 1)))(WEIGHTS_VC, X_BTC)
+    np.testing.assert_allclose(actual, 2.0 * expected, rtol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, 2.0 * expected_gradient, atol=1e-6)
+
+
+def test_the_gradient_is_scaled_before_it_is_rounded() -> None:
+    """A probability of 2^-26 is nothing in float16, and is kept by the loss scale."""
+    logits_BTV = jnp.zeros((1, 1, 2)).at[..., 0].set(26 * np.log(2))
+    for scale, expected in ((1.0, 0.0), (2.0**15, 2.0**-11)):
+        operands = jnp.zeros((1, 1), jnp.int32), jnp.float32(scale), 1, jnp.dtype("float16")
+        gradient = jax.grad(lambda x: mean_loss(lambda _, x: x, (), x, *operands))(logits_BTV)  # noqa: B023
+        np.testing.assert_allclose(gradient[0, 0, 1], expected, rtol=1e-3)
+
+
+def test_a_part_has_as_many_logits_as_fit() -> None:
+    assert time_parts(sequences=16, time=1024, vocabulary=50304) == 8
+    assert time_parts(sequences=1, time=1024, vocabulary=50304) == 1
+    assert time_parts(sequences=1 << 20, time=8, vocabulary=50304) == 8
+
+
+def gradients(monkeypatch: pytest.MonkeyPatch, is_small: bool, n_devices: int, **changes: Any) -> tuple[Any, str]:
+    """Loss and gradients of a batch, with the vocabulary taken to be small or large, and the compiled program."""
+    monkeypatch.setattr(trainer_module, "SMALL_VOCABULARY", VOCABULARY.size if is_small else 0)
+    monkeypatch.setattr(loss_module, "PART_LOGITS", 4 * VOCABULARY.size * 8 // n_devices)  # in two parts
+    trainer = Trainer(tiny_config(**changes), jax.devices()[:n_devices])
+
+    def compute(params: Any, tokens_BT1: jax.Array) -> Any:
+        with sharding.on(trainer.mesh):
+            return trainer._gradients(state, tokens_BT1, trainer.mode_at(0))
+
+    state = trainer.init()
+    tokens_BT1 = jax.device_put(BATCHES[0].astype(np.int32), sharding.batch_sharding(trainer.mesh))
+    program = jax.jit(compute).lower(state.params, tokens_BT1).compile(trainer.compiler_options)
+    return jax.device_get(program(state.params, tokens_BT1)), program.as_text()
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "tolerance", "changes"),
+    [
+        (1, 1e-5, dict(train__gradient_accumulation_steps=2)),
+        (4, 1e-5, dict(quant__arithmetic="integer", mesh__fsdp=2, mesh__tensor=2)),
+        (2, 2e-2, dict(quant__mode="none", train__dtype="bfloat16", mesh__data=2)),
+        (1, 5e-2, dict(quant__backward_bits=8, train__dtype="float16")),
+    ],
+)
+def test_a_large_vocabulary_trains_like_a_small_one(
+    n_devices: int, tolerance: float, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected, plain), _ = gradients(monkeypatch, True, n_devices, **changes)
+    (actual, ours), _ = gradients(monkeypatch, False, n_devices, **changes)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert np.linalg.norm(one - other) < tolerance * np.linalg.norm(other)
+
+
+def test_logits_in_float32_are_those_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 positions, 12 tokens; the plain loss is the control."""
+    whole = re.compile(r"\b(f32|s32)\[(64|8,8),12\]")
+    for is_small in (True, False):
+        _, program = gradients(monkeypatch, is_small, 1, train__backward_dtype="bfloat16")
+        assert bool(whole.search(program)) == is_small
+    assert re.search(r"\bf32\[8,4,12\]", program)
