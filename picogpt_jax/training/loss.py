@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from picogpt_jax.devices.sharding import partition_spec
+
 SMALL_VOCABULARY = 8192  # up to here logits are no burden, and the loss is the plain one
-PART_LOGITS = 1 << 27  # of one device at once: 512 MiB in float32
+PART_LOGITS = 1 << 28  # of one device at once: 1 GiB in float32
 
 
 def time_parts(sequences: int, time: int, vocabulary: int) -> int:
@@ -37,6 +40,16 @@ with_gradient.defvjp(
     lambda logits, loss, gradient: (loss, (jnp.zeros((), logits.dtype), gradient)),
     lambda kept, factor: (kept[1].astype(kept[0].dtype) * factor, None, None),
 )
+
+
+def sharded_empty(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "B T V"]:
+    """An array to be written, placed as logits are: of `lax.empty` alone, each device would hold the whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return lax.empty(shape, dtype)
+    spec = partition_spec(("batch", None, "vocab"))
+    share = NamedSharding(mesh, spec).shard_shape(shape)
+    return jax.shard_map(lambda: lax.empty(share, dtype), in_specs=(), out_specs=spec, check_vma=False)()
 
 
 def mean_loss(
@@ -70,6 +83,5 @@ def mean_loss(
         return lax.dynamic_update_slice_in_dim(gradient_BTV, rise_BtV.astype(dtype), first, 1), losses_Bt
 
     logits_BTV = head(weights, x_BTC)  # for its gradient
-    empty_BTV = lax.empty(logits_BTV.shape, dtype)
-    gradient_BTV, losses = lax.scan(part, empty_BTV, time * jnp.arange(parts))
+    gradient_BTV, losses = lax.scan(part, sharded_empty(logits_BTV.shape, dtype), time * jnp.arange(parts))
     return with_gradient(logits_BTV, losses.mean() * scale, gradient_BTV)

@@ -210,18 +210,18 @@ class Trainer:
         """`scale` times the mean loss."""
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
         rngs = {ROUNDING: jax.random.fold_in(jax.random.key(key.seed), key.row)}
-        model, tokens_BT, targets_BT = self.model(mode), tokens_BT1[:, :-1], tokens_BT1[:, 1:]
-        vocabulary = self.config.model.vocab_size
-        if vocabulary <= SMALL_VOCABULARY:
-            logits_BTV = model.apply({"params": params}, tokens_BT, key, rngs=rngs)
-            return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean() * scale
-        x_BTC = model.apply({"params": params}, tokens_BT, key, headless=True, rngs=rngs)
+        model, vocabulary = self.model(mode), self.config.model.vocab_size
+        is_small = vocabulary <= SMALL_VOCABULARY
+        result = model.apply({"params": params}, tokens_BT1[:, :-1], key, headless=not is_small, rngs=rngs)
+        targets_BT = tokens_BT1[:, 1:]
+        if is_small:
+            return optax.softmax_cross_entropy_with_integer_labels(result, targets_BT).mean() * scale
         head = lambda wte, x_BtC: model.apply({"params": {"wte": wte}}, x_BtC, rngs=rngs, method="head")  # noqa: E731
         data, fsdp, tensor = self.mesh.devices.shape
         sequences = max(targets_BT.shape[0] // (data * fsdp), 1)
         parts = time_parts(sequences, targets_BT.shape[1], vocabulary // tensor)
         dtype = self.backward_dtype or self.dtype
-        return mean_loss(head, params["wte"], x_BTC, targets_BT, scale, parts, dtype)
+        return mean_loss(head, params["wte"], result, targets_BT, scale, parts, dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
         """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""
