@@ -6,7 +6,7 @@ loss go through the sequences part by part, and each part leaves behind only wha
 
     d loss / d logits = (softmax(logits) - onehot(target)) / number of targets
 
-Shapes: B batch, T time, t time of a part, C width, V vocabulary.
+Shapes: B batch, T time, P parts, t time of a part, C width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -32,22 +32,39 @@ def time_parts(sequences: int, time: int, vocabulary: int) -> int:
 
 @jax.custom_vjp
 def with_gradient(logits: Float[Array, "..."], loss: Float[Array, ""], gradient: Float[Array, "..."]) -> Array:
-    """`loss`, whose gradient at `logits` is `gradient`; the logits' own values are not needed, nor computed."""
+    """`loss`, whose gradient at float32 `logits` is `gradient`; the logits' own values are not needed, nor computed."""
     return loss
 
 
 with_gradient.defvjp(
-    lambda logits, loss, gradient: (loss, (jnp.zeros((), logits.dtype), gradient)),
-    lambda kept, factor: (kept[1].astype(kept[0].dtype) * factor, None, None),
+    lambda logits, loss, gradient: (loss, gradient),
+    lambda gradient, factor: (gradient.astype(jnp.float32) * factor, None, None),
 )
 
 
-def sharded_empty(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "B T V"]:
+def log_sum_exp(logits_BtV: Float[Array, "B t V"]) -> Float[Array, "B t"]:
+    """`jax.nn.logsumexp` over the vocabulary; on a GPU the logits are read once, not twice."""
+    return lax.platform_dependent(logits_BtV, cuda=log_sum_exp_at_once, default=lambda x: jax.nn.logsumexp(x, -1))
+
+
+def log_sum_exp_at_once(logits_BtV: Float[Array, "B t V"]) -> Float[Array, "B t"]:
+    """The largest logit so far and the sum of exponentials relative to it (arXiv 1805.02867)."""
+
+    def combine(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(one[0], other[0])
+        return largest, one[1] * jnp.exp(one[0] - largest) + other[1] * jnp.exp(other[0] - largest)
+
+    none = jnp.finfo(jnp.float32).min, jnp.float32(0)
+    largest_Bt, total_Bt = lax.reduce((logits_BtV, jnp.ones_like(logits_BtV)), none, combine, (2,))
+    return largest_Bt + jnp.log(total_Bt)
+
+
+def empty_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "B P t V"]:
     """An array to be written, placed as logits are: of `lax.empty` alone, each device would hold the whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return lax.empty(shape, dtype)
-    spec = partition_spec(("batch", None, "vocab"))
+    spec = partition_spec(("batch", None, None, "vocab"))
     share = NamedSharding(mesh, spec).shard_shape(shape)
     return jax.shard_map(lambda: lax.empty(share, dtype), in_specs=(), out_specs=spec, check_vma=False)()
 
@@ -69,19 +86,20 @@ def mean_loss(
         parts: of the time; divides it.
         dtype: of the logits' gradient.
     """
-    time = x_BTC.shape[1] // parts
     constant_weights, constant_BTC = lax.stop_gradient((weights, x_BTC))
+    in_parts = lambda array: array.reshape(array.shape[0], parts, -1, *array.shape[2:])  # noqa: E731
 
-    def part(gradient_BTV: Array, first: Array) -> tuple[Array, Array]:
-        x_BtC, targets_Bt = (lax.dynamic_slice_in_dim(array, first, time, 1) for array in (constant_BTC, targets_BT))
-        logits_BtV = head(constant_weights, x_BtC)
+    def part(gradient_BPtV: Array, index: Array) -> tuple[Array, Array]:
+        pick = lambda array: lax.dynamic_index_in_dim(in_parts(array), index, 1, keepdims=False)  # noqa: E731
+        logits_BtV = head(constant_weights, pick(constant_BTC))
         # Compared, not indexed: a scatter would be one more array of this size.
-        is_target = lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2) == targets_Bt[..., None]
-        normalizer_Bt1 = jax.nn.logsumexp(logits_BtV, -1, keepdims=True)
-        losses_Bt = normalizer_Bt1[..., 0] - jnp.where(is_target, logits_BtV, 0.0).sum(-1)
-        rise_BtV = (jnp.exp(logits_BtV - normalizer_Bt1) - is_target) * (scale / targets_BT.size)
-        return lax.dynamic_update_slice_in_dim(gradient_BTV, rise_BtV.astype(dtype), first, 1), losses_Bt
+        is_target = lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2) == pick(targets_BT)[..., None]
+        normalizer_Bt = log_sum_exp(logits_BtV)
+        losses_Bt = normalizer_Bt - jnp.where(is_target, logits_BtV, 0.0).sum(-1)
+        rise_BtV = (jnp.exp(logits_BtV - normalizer_Bt[..., None]) - is_target) * (scale / targets_BT.size)
+        return lax.dynamic_update_index_in_dim(gradient_BPtV, rise_BtV.astype(dtype), index, 1), losses_Bt
 
     logits_BTV = head(weights, x_BTC)  # for its gradient
-    gradient_BTV, losses = lax.scan(part, sharded_empty(logits_BTV.shape, dtype), time * jnp.arange(parts))
-    return with_gradient(logits_BTV, losses.mean() * scale, gradient_BTV)
+    empty_BPtV = empty_gradient(jax.eval_shape(in_parts, logits_BTV).shape, dtype)
+    gradient_BPtV, losses = lax.scan(part, empty_BPtV, jnp.arange(parts))
+    return with_gradient(logits_BTV, losses.mean() * scale, gradient_BPtV.reshape(logits_BTV.shape))

@@ -218,9 +218,8 @@ class Trainer:
             return optax.softmax_cross_entropy_with_integer_labels(result, targets_BT).mean() * scale
         head = lambda wte, x_BtC: model.apply({"params": {"wte": wte}}, x_BtC, rngs=rngs, method="head")  # noqa: E731
         data, fsdp, tensor = self.mesh.devices.shape
-        sequences = max(targets_BT.shape[0] // (data * fsdp), 1)
-        parts = time_parts(sequences, targets_BT.shape[1], vocabulary // tensor)
-        dtype = self.backward_dtype or self.dtype
+        parts = time_parts(targets_BT.shape[0] // (data * fsdp), targets_BT.shape[1], vocabulary // tensor)
+        dtype = self.dtype if self.backward_dtype is None else self.backward_dtype
         return mean_loss(head, params["wte"], result, targets_BT, scale, parts, dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:

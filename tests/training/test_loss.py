@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny import BATCHES, VOCABULARY, tiny_config
 
 from picogpt_jax.devices import sharding
 from picogpt_jax.training import loss as loss_module
 from picogpt_jax.training import trainer as trainer_module
-from picogpt_jax.training.loss import mean_loss, time_parts
+from picogpt_jax.training.loss import log_sum_exp_at_once, mean_loss, time_parts
 from picogpt_jax.training.trainer import Trainer, TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_quickly_and_once")
@@ -55,10 +56,18 @@ def test_the_gradient_is_scaled_before_it_is_rounded() -> None:
         np.testing.assert_allclose(gradient[0, 0, 1], expected, rtol=1e-3)
 
 
+def test_the_normalizer_at_once_is_the_one_in_two_passes() -> None:
+    """Over a split vocabulary too, with logits whose exponentials are infinite."""
+    logits_BTV = jnp.linspace(-200.0, 200.0, 2 * 3 * 8).reshape(2, 3, 8)
+    split = jax.device_put(logits_BTV, NamedSharding(Mesh(jax.devices()[:2], "x"), PartitionSpec(None, None, "x")))
+    expected = jax.nn.logsumexp(logits_BTV, -1)
+    np.testing.assert_allclose(jax.jit(log_sum_exp_at_once)(split), expected, rtol=1e-6)
+
+
 def test_a_part_has_as_many_logits_as_fit() -> None:
     assert time_parts(sequences=16, time=1024, vocabulary=50304) == 4
     assert time_parts(sequences=1, time=1024, vocabulary=50304) == 1
-    assert time_parts(sequences=1 << 20, time=8, vocabulary=50304) == 4
+    assert time_parts(sequences=1 << 20, time=8, vocabulary=50304) == 8
 
 
 def gradients(monkeypatch: pytest.MonkeyPatch, is_small: bool, n_devices: int, **changes: Any) -> tuple[Any, str]:
