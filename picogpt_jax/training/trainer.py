@@ -219,8 +219,7 @@ class Trainer:
         head = lambda wte, x_BtC: model.apply({"params": {"wte": wte}}, x_BtC, rngs=rngs, method="head")  # noqa: E731
         data, fsdp, tensor = self.mesh.devices.shape
         parts = time_parts(targets_BT.shape[0] // (data * fsdp), targets_BT.shape[1], vocabulary // tensor)
-        dtype = self.dtype if self.backward_dtype is None else self.backward_dtype
-        return mean_loss(head, params["wte"], result, targets_BT, scale, parts, dtype)
+        return mean_loss(head, params["wte"], result, targets_BT, scale, parts, self.dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
         """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""
