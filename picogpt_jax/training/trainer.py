@@ -210,13 +210,14 @@ class Trainer:
         """`scale` times the mean loss."""
         # Of int8 gradients; without quant.backward_bits nothing is drawn from it.
         rngs = {ROUNDING: jax.random.fold_in(jax.random.key(key.seed), key.row)}
-        model, vocabulary = self.model(mode), self.config.model.vocab_size
+        apply: Any = functools.partial(self.model(mode).apply, rngs=rngs)
+        vocabulary = self.config.model.vocab_size
         is_small = vocabulary <= SMALL_VOCABULARY
-        result = model.apply({"params": params}, tokens_BT1[:, :-1], key, headless=not is_small, rngs=rngs)
+        result = apply({"params": params}, tokens_BT1[:, :-1], key, headless=not is_small)  # logits, or before the head
         targets_BT = tokens_BT1[:, 1:]
         if is_small:
             return optax.softmax_cross_entropy_with_integer_labels(result, targets_BT).mean() * scale
-        head = lambda wte, x_BtC: model.apply({"params": {"wte": wte}}, x_BtC, rngs=rngs, method="head")  # noqa: E731
+        head = lambda wte, x_BtC: apply({"params": {"wte": wte}}, x_BtC, method="head")  # noqa: E731
         data, fsdp, tensor = self.mesh.devices.shape
         parts = time_parts(targets_BT.shape[0] // (data * fsdp), targets_BT.shape[1], vocabulary // tensor)
         return mean_loss(head, params["wte"], result, targets_BT, scale, parts, self.dtype)
