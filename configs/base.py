@@ -44,7 +44,8 @@ def get_config() -> ConfigDict:
     config.train.dtype = "auto"  # compute type: float32 | bfloat16 | float16 (loss scaling) | auto (CPU: float32)
     # One block is compiled and run n_layer times, its parameters stacked: deep models compile too long unrolled.
     config.train.scan_layers = False
-    # What the backward pass computes again: none | block (all but each block's input) | dots (all but matmul results)
+    # What the backward pass computes again: none | block (all but each block's input) | dots (all but the outputs of
+    # linear layers; of int8 ones also the wide outputs)
     config.train.remat = "none"
     # What the operands of the backward pass's products are rounded to, where dtype is float32: same (not rounded) |
     # bfloat16 | auto: bfloat16 on a CPU with instructions for it, which is faster. quant.backward_bits goes before it.

@@ -43,11 +43,6 @@ def int8_dot_general(lhs: Int8[Array, "..."], rhs: Int8[Array, "..."], dimension
     return lax.dot_general(lhs, rhs, dimensions, preferred_element_type=jnp.int32)
 
 
-def is_int8_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """For `jax.checkpoint`: a policy that keeps these products, as others keep those of `lax.dot_general`."""
-    return primitive is _int8_dot_p
-
-
 @functools.partial(jax.jit, static_argnames=("contracted", "is_single"), inline=True)
 def _int8_dot(
     lhs: Int8[Array, "... M K"], rhs: Int8[Array, "..."], contracted: int, is_single: bool

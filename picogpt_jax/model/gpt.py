@@ -18,21 +18,25 @@ from jaxtyping import Array, Float, Int
 from picogpt_jax.config import ModelConfig, Remat
 from picogpt_jax.devices.sharding import constrain
 from picogpt_jax.kernels.fused_attention import fused as fused_attention
-from picogpt_jax.kernels.int8_product import is_int8_product
 from picogpt_jax.model import attention, integer
 from picogpt_jax.model.dropout import DropoutKey, dropout
 from picogpt_jax.model.linear import Dense, Embedding, as_row, init_stddev
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import ROUNDING
 
-# "block" keeps each block's input alone and computes its forward pass again: a third more work for the least memory.
-# "dots" also keeps the results of the products with weights, which are most of that work.
-REMAT_POLICIES = {
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_int8_product
-    ),
-}
+
+def remat_policy(remat: Remat, numerics: Numerics) -> Callable[..., Any]:
+    """What the backward pass finds in memory of a block, besides its input; the rest is computed again.
+
+    "block" keeps nothing, for a third more work and the least memory. "dots" keeps the outputs of the linear layers, in
+    the compute type: most of that work. Of int8 layers it does not keep the wide ones: to multiply int8 codes again
+    takes less memory traffic than to write the output, to stack it and to read it.
+    """
+    if remat == "block":
+        return jax.checkpoint_policies.nothing_saveable
+    is_int8 = numerics.mode != "float" and numerics.quant.activation_bits is not None
+    wide = () if is_int8 else ("c_attn", "c_fc")
+    return jax.checkpoint_policies.save_only_these_names("c_proj", *wide)
 
 
 @struct.dataclass
@@ -292,7 +296,7 @@ class GPT(nn.Module):
             return block(x_BTC, here, None, False)[0], None
 
         if self.remat != "none":
-            body = nn.remat(body, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
+            body = nn.remat(body, prevent_cse=not self.scan, policy=remat_policy(self.remat, self.numerics))
         if not self.scan:
             for block in self.h:
                 x_BTC, _ = body(block, x_BTC, None)

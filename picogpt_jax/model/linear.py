@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from picogpt_jax.devices.sharding import constrain, splits
@@ -73,14 +74,14 @@ class Dense(nn.Module):
             if apart:
                 bias = constrain(bias.reshape(shape), None, "heads")
         if numerics.is_integer:
-            return self._integer(x_BTI, kernel, bias)
+            return checkpoint_name(self._integer(x_BTI, kernel, bias), str(self.name))
         if isinstance(kernel, QuantizedTensor):
             y_BTO = int8_dot(x_BTI, kernel, numerics.quant.activation_bits)
         else:
             y_BTO = matmul(x_BTI, kernel, 0, quantized_dot_general(numerics, self.has_rng(ROUNDING)), numerics)
         if bias is not None:
             y_BTO = y_BTO + as_row(bias.astype(y_BTO.dtype), y_BTO.ndim)
-        return y_BTO.astype(numerics.dtype)
+        return checkpoint_name(y_BTO.astype(numerics.dtype), str(self.name))
 
     def _integer(self, x_BTI: Float[Array, "B T I"], kernel: Any, bias: Array | None) -> Float[Array, "B T *O"]:
         """The same in integer arithmetic; the gradient is the mixed one's."""

@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny import VOCABULARY, quick_compilation, tiny_config
 
 from configs.base import get_config
-from picogpt_jax.config import Config, ModelConfig
+from picogpt_jax.config import Config, ModelConfig, Remat
 from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.int8.convert import int8_model, serving_variables
 from picogpt_jax.model import gpt as model_module
@@ -26,6 +26,7 @@ from picogpt_jax.model.numerics import Mode, Numerics
 from picogpt_jax.model.quantization import INT8_COLLECTION
 
 BATCH, TIME = 4, 8
+REMATS: tuple[Remat, ...] = ("dots", "block")
 TOKENS = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, VOCABULARY.size)
 
 
@@ -338,3 +339,39 @@ def test_quantized_training_follows_the_float_gradients() -> None:
         assert similarity > 0.99, name
         assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(expected), rel=0.1), name
         assert np.any(ours != expected), name
+
+
+@pytest.mark.parametrize(
+    ("quant", "dots", "block"),
+    [
+        (dict(), 2, 3),
+        (dict(quant__arithmetic="integer"), 2, 3),
+        (dict(quant__activation_bits=None), 0, 3),
+        (dict(quant__mode="none"), 0, 3),
+    ],
+    ids=["int8", "integer", "weights", "float"],
+)
+def test_what_is_multiplied_again_in_the_backward_pass(
+    quant: dict[str, Any], dots: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `dots` are kept, of int8 products the wide ones, `c_attn` and `c_fc`; of others none."""
+    monkeypatch.setattr("picogpt_jax.kernels.int8_product.wants_unsigned_int8", lambda: False)
+    config = tiny_config(**quant)
+    numerics = Numerics(config.quant, "train" if config.quant.mode == "int8" else "float")
+    found = []
+    for remat in REMATS:
+        model = GPT(config.model, numerics, remat=remat)
+        loss = lambda params: model.apply({"params": params}, TOKENS).sum()  # noqa: B023, E731
+        program = jax.make_jaxpr(jax.grad(loss))(abstract_params(config))
+        found.append(sum(1 for _ in weight_products(program.jaxpr)))
+    once = 3 * 5 + numerics.is_integer  # forward, and two gradients; the head's float twin, which is compiled away
+    assert found == [once + dots, once + block]
+
+
+def weight_products(jaxpr: Any) -> Iterator[Any]:
+    """The products without a batch dimension, those of the backward pass too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and not equation.params["dimension_numbers"][1][0]:
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from weight_products(inner)
