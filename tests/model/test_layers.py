@@ -56,6 +56,12 @@ def test_neither_scanning_nor_rematerialisation_changes_the_losses(mode: str, va
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(quant__arithmetic="integer"), dict(train__dtype="bfloat16")], ids=str)
+def test_int8_products_that_are_computed_again_have_the_same_bits(changes: dict[str, Any]) -> None:
+    kept = losses(trainer(**SCANNED, **changes))
+    np.testing.assert_array_equal(losses(trainer(**SCANNED, **changes, train__remat="dots")), kept)
+
+
 def test_the_layers_of_a_scan_have_masks_of_their_own() -> None:
     """What the test above compares is not one mask for all layers, by the same mistake twice."""
     key = DropoutKey(seed=jnp.uint32(0), row=jnp.uint32(0))
