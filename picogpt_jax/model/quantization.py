@@ -15,6 +15,7 @@ token, taken from the very values that are multiplied ("dynamic"): nothing is ca
 disagree. `absmax / 127` is AQT's `preserve_max_val=True`; its default, absmax / 127.5, is not what other runtimes use.
 
 The product.  y = int32 * activation_scale * weight_scale in float32, then the bias, then the cast to the compute type.
+Where that is bfloat16, the int32 sum is rounded to it before.
 Scales and codes always come from float32 values, so the codes do not depend on the compute type.
 
 The gradient.  Straight-through: quantization has gradient one, so dL/dx = g w^T and dL/dw = x^T g are the float
@@ -104,7 +105,7 @@ def int8_dot(
         product = lax.dot_general(x.astype(jnp.float32), weight.codes.astype(jnp.float32), contract_last)
         return product * weight_scale
     activations = quantize(x)
-    product = int8_dot_general(activations.codes, weight.codes, contract_last)
+    product = _rounded(int8_dot_general(activations.codes, weight.codes, contract_last), x.dtype)
     activation_scale = activations.scale.reshape(*x.shape[:-1], *(1,) * (weight.codes.ndim - 1))
     return product.astype(jnp.float32) * activation_scale * weight_scale
 
@@ -143,13 +144,14 @@ def _aqt_config(numerics: Numerics) -> aqt_dot_general.DotGeneral:
         side.numerics = aqt_numerics.get_numerics(bits, preserve_max_val=True)
     if quant.weight_granularity == "per_tensor":
         aqt.fwd.dg_quantizer.rhs.calib_shared_axes = "per_tensor"
-    aqt.fwd.dot_general = _dot
+    product = _bfloat16_dot if numerics.dtype == jnp.bfloat16 else _dot
+    aqt.fwd.dot_general = product
     if quant.backward_bits is None:
         aqt.dlhs.dot_general = aqt.drhs.dot_general = _backward_dot(numerics.dtype, numerics.backward_dtype)
     else:
         # AQT's own grid clips the largest value of each slice, which would bias the stochastic rounding.
         for dot in (aqt.dlhs, aqt.drhs):
-            dot.dot_general = _dot
+            dot.dot_general = product
             for side in (dot.dg_quantizer.lhs, dot.dg_quantizer.rhs):
                 side.numerics = aqt_numerics.get_numerics(8, preserve_max_val=True)
         aqt_config.set_stochastic_rounding(aqt, True, True, implementation="jax.uniform")
@@ -166,6 +168,20 @@ def _dot(
     return lax.dot_general(
         lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type
     )
+
+
+def _bfloat16_dot(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`_dot`, whose int32 sums are rounded."""
+    return _rounded(_dot(lhs, rhs, dimension_numbers, **options), jnp.bfloat16)
+
+
+def _rounded(product: Array, compute_dtype: Any) -> Array:
+    """int32 sums as they are; in bfloat16 rounded to it, as the float layer's are.
+
+    GPU compilers write the sums to memory and read them where they are scaled: rounded, they are half as many bytes.
+    float16 would overflow.
+    """
+    return product.astype(jnp.bfloat16) if (product.dtype, compute_dtype) == (jnp.int32, jnp.bfloat16) else product
 
 
 @functools.cache  # the same object for the same type: AQT compares its static fields by identity

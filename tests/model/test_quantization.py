@@ -112,13 +112,17 @@ def test_fake_quantization_is_exact_forward_and_straight_through_backward(granul
     assert np.any(quantized != x), "something was rounded"
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_an_int8_product_is_exact_integer_arithmetic(granularity: Granularity) -> None:
-    x, w = normal((2, 5, 32), seed=1), normal((24, 32), seed=2)
+def test_an_int8_product_is_exact_integer_arithmetic(granularity: Granularity, dtype: Any) -> None:
+    """But for the rounding of the sums where the compute type is bfloat16."""
+    x, w = np.clip(normal((2, 5, 32), seed=1), -60_000, 60_000), normal((24, 32), seed=2)
     weight = quantize(jnp.asarray(w), granularity)
-    activations = quantize(jnp.asarray(x))
-    y = int8_dot(x, weight, 8)
+    activations = quantize(jnp.asarray(x, dtype))
+    y = int8_dot(jnp.asarray(x, dtype), weight, 8)
     integers = np.einsum("bti,oi->bto", np.asarray(activations.codes, np.int64), np.asarray(weight.codes, np.int64))
+    if dtype == jnp.bfloat16:
+        integers = integers.astype(jnp.bfloat16).astype(np.float64)
     expected = integers * np.asarray(activations.scale, np.float64) * np.asarray(weight.scale, np.float64).T
     assert y.shape == (2, 5, 24)
     assert y.dtype == jnp.float32
