@@ -23,7 +23,7 @@ from picogpt_jax.text.vocabulary import TokenIds
 
 # The first that the compiler takes. Vectors of 512 bits are too long for most rows of a small model.
 OPTIONS = (("-O3", "-march=native", "-mprefer-vector-width=256"), ("-O3", "-march=native"), ("-O3",))
-PLAIN = ("-std=c99", "-shared", "-fPIC", "-include", str(SOURCES / "avx512.h"))
+PLAIN = ("-std=c99", "-shared", "-fPIC", "-DPICOGPT_THREADS", "-include", str(SOURCES / "avx512.h"))
 SELF_TEST_DIGEST = 0x5BB15E86  # what NumPy computes
 SELF_TEST_CHUNK = 4
 MODEL_BYTES = 1024  # room for a picogpt_model
@@ -185,6 +185,8 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
         found.picogpt_memory.argtypes = (pointer, number, pointer)
         found.picogpt_init.argtypes = (pointer, pointer, pointer, pointer, number)
         found.picogpt_forward.argtypes = (pointer, pointer, number, pointer, number)
+        found.picogpt_share.argtypes = (pointer, pointer)
+        found.picogpt_draw.argtypes = (pointer, number, pointer, word, word)
         found.picogpt_generate.argtypes = (pointer, number, pointer, word, word, pointer, *[number] * 4)
         found.picogpt_digest.argtypes, found.picogpt_digest.restype = (pointer,), word
     except (OSError, AttributeError):

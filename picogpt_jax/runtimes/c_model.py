@@ -2,7 +2,8 @@
 
 Streams and windows are shared out among threads: a token of a small model takes microseconds, and threads that share it
 would wait for each other. The streams of a thread go on together, so that each matrix is read once for all of them; of
-windows, one is computed after the other.
+windows, one is computed after the other. A window that slides alone is computed by two threads, the second of which has
+its later tokens and follows the first from layer to layer.
 
 Shapes: B streams or windows, T time, V vocabulary, N tokens of a piece.
 """
@@ -24,6 +25,7 @@ from picogpt_jax.runtimes.engine import Sampling, checked_tokens
 
 CHUNK = 32  # tokens of a prompt that each matrix is read for once
 LOGIT = np.float32(1 / 1024)
+PAIR_TOKENS = 64  # of a window that two threads share
 PIECE_SECONDS = 0.02  # a piece is about as long: a call costs little then, and a reader does not wait
 
 
@@ -119,12 +121,38 @@ class CGPT:
             place = end - first, ids, stop, end
             self._c.picogpt_generate(texts, len(streams), words, streams.start, *place, count, slides)
 
+        pair = self._pair() if slides and batch == 1 and self.windows_at_once > 1 else None
         while end < stop:
             count, began = min(count, stop - end), time.perf_counter()
-            self._share_out(draw, batch)
+            if pair is not None and end >= self.block_size:
+                for place in range(end, end + count):
+                    self._last_logits(pair, text_BT[0, place - self.block_size : place])
+                    logits = pair[1].logits, self.vocab_size
+                    text_BT[0, place] = self._c.picogpt_draw(*logits, words, 0, place - first)
+            else:
+                self._share_out(draw, batch)
             yield text_BT[:, end : end + count].astype(np.int64)
             end += count
             count = 2 * count if time.perf_counter() - began < PIECE_SECONDS / 2 else max(count // 2, 1)
+
+    def _pair(self) -> list[Text] | None:
+        """Two texts for `_last_logits`; None where a window is too short for two threads."""
+        if self.block_size < PAIR_TOKENS:
+            return None
+        return [Text(self._c, self._weights, self.block_size) for _ in range(2)]
+
+    def _last_logits(self, pair: list[Text], ids_T: npt.NDArray[np.int32]) -> None:
+        """Computes the logits of a window's last token, those of the second text, with two threads."""
+        # The later tokens look back at more keys, so there are fewer of them.
+        cut = len(ids_T) * 9 // 16
+        first, second = pair
+        first.position, second.position = 0, cut
+        self._c.picogpt_share(ctypes.byref(second), ctypes.byref(first))
+        ids, size = ids_T.ctypes.data, ids_T.itemsize
+        forward = self._c.picogpt_forward
+        started = self._threads.submit(forward, ctypes.byref(first), ids, cut, first.logits, 0)
+        forward(ctypes.byref(second), ids + cut * size, len(ids_T) - cut, second.logits, 1)
+        started.result()
 
     def _share_out(self, compute: Callable[[range], None], count: int) -> None:
         """Computes range(count), in a part for each thread."""

@@ -19,7 +19,7 @@ from picogpt_jax.errors import UserError
 from picogpt_jax.formats import loading
 from picogpt_jax.formats.c_export import logits_digest
 from picogpt_jax.int8.folder import save_int8_model
-from picogpt_jax.runtimes import c_library, loop
+from picogpt_jax.runtimes import c_library, c_model, loop
 from picogpt_jax.runtimes.c_model import CGPT
 from picogpt_jax.runtimes.engine import Sampling
 
@@ -71,6 +71,17 @@ def test_the_texts_are_those_of_numpy(changes: dict[str, Any], overflow: Any) ->
                 pieces = list(runtime.pieces(prompts, sampling))
                 assert pieces[0].shape == (9, 1), "the first token does not wait for others"
                 np.testing.assert_array_equal(np.concatenate(pieces, 1), expected)
+
+
+def test_two_threads_compute_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later tokens wait for the keys of the earlier ones: with one thread's result, draw after draw."""
+    monkeypatch.setattr(c_model, "PAIR_TOKENS", 16)
+    model, sampling = random_integer_model(), Sampling(400, 0.8, 0, 1, "slide")
+    alone, both = CGPT(model, 1), CGPT(model, 2)
+    assert (alone.windows_at_once, both._pair() is None) == (1, False)
+    expected, found = (np.concatenate(list(each.pieces(random_tokens(1, 20), sampling)), 1) for each in (alone, both))
+    assert len(np.unique(expected)) > 4
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_pieces_grow_and_none_is_empty() -> None:
@@ -157,6 +168,8 @@ void picogpt_memory(void *m, int c, unsigned long *lengths) { lengths[0] = lengt
 void picogpt_init() {}
 void picogpt_forward() {}
 void picogpt_generate() {}
+void picogpt_share() {}
+int picogpt_draw() { return 0; }
 unsigned picogpt_digest() { return 1; }
 """
 

@@ -319,6 +319,18 @@ static void embed(const picogpt_matrix *table, int32_t is_per_channel, int32_t r
         x[i] += shift(codes[i], s);
 }
 
+/* Tells another thread that a layer's keys and values are there, and waits for those before one's own. */
+static void hand_on(picogpt_state *state, int32_t layer)
+{
+#ifdef PICOGPT_THREADS
+    __atomic_store_n(&state->layers, layer + 1, __ATOMIC_RELEASE);
+    while (state->layers_before && __atomic_load_n(state->layers_before, __ATOMIC_ACQUIRE) <= layer)
+        ;
+#else
+    (void)state, (void)layer;
+#endif
+}
+
 /* The text of token t of a pass, and its place there. */
 static picogpt_state *text_of(picogpt_state *const *texts, int32_t is_one_each, int32_t t)
 {
@@ -359,6 +371,7 @@ static void pass(picogpt_state *const *texts, int32_t is_one_each, const int32_t
             remember(text, layer, place, key, text->keys, text->key_exponents, OFFSET);
             remember(text, layer, place, key + width, text->values, text->value_exponents, 0);
         }
+        hand_on(texts[0], layer);
         if (layer + 1 == m->n_layer) { /* what comes after is for logits alone */
             skipped = count - rows;
             x += skipped * width;
@@ -406,6 +419,7 @@ void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, 
     int32_t i;
     state->model = m;
     state->position = 0;
+    state->layers_before = 0;
     state->chunk = chunk;
     state->root_bits = (40 - bits((uint32_t)m->n_embd)) >> 1;
     for (i = 0; i < state->root_bits; i++)
@@ -425,6 +439,17 @@ void picogpt_init(picogpt_state *state, const picogpt_model *m, int32_t *words, 
     state->key_exponents = (int8_t *)(state->codes + (size_t)chunk * (size_t)m->n_hidden);
     state->value_exponents = state->key_exponents + heads;
     state->query = state->value_exponents + heads;
+}
+
+void picogpt_share(picogpt_state *behind, picogpt_state *state)
+{
+    state->layers = 0;
+    behind->layers_before = &state->layers;
+    behind->ids = state->ids;
+    behind->keys = state->keys;
+    behind->values = state->values;
+    behind->key_exponents = state->key_exponents;
+    behind->value_exponents = state->value_exponents;
 }
 
 void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, int32_t *logits, int32_t rows)

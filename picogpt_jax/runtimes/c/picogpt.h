@@ -48,7 +48,8 @@ typedef struct {
     const picogpt_model *model;
     int32_t *logits;  /* [vocab_size], 10 fraction bits: of the token after the last one */
     int32_t position; /* tokens in the cache */
-    int32_t chunk, root_bits, root;
+    int32_t chunk, root_bits, root, layers;
+    const int32_t *layers_before; /* see picogpt_share */
     int32_t *ids, *x, *wide, *exponents, *scores, *heads, *head_exponents;
     uint8_t *keys, *values, *codes; /* keys and codes are 128 above what they say, values have a sign */
     int8_t *key_exponents, *value_exponents, *query;
@@ -89,6 +90,11 @@ void picogpt_next(picogpt_state *state, int32_t id);
 
 /* Adds tokens that fit behind those in the cache; `logits` [rows, vocab_size] are of the last `rows` of them. */
 void picogpt_forward(picogpt_state *state, const int32_t *ids, int32_t count, int32_t *logits, int32_t rows);
+
+/* Two threads compute one prompt, where picogpt.c is compiled with -DPICOGPT_THREADS: `behind` has the tokens that follow
+ * those of `state`, shares its cache, and waits for each layer's keys and values. Set the position of both, share, then
+ * let each thread call picogpt_forward, `state` with at most `chunk` tokens. */
+void picogpt_share(picogpt_state *behind, picogpt_state *state);
 
 /* The token of `index` (from 0, the first after the prompt) in `stream` (a text of several). */
 int32_t picogpt_draw(const int32_t *logits, int32_t vocab_size, const picogpt_sampling *sampling, uint32_t stream,
