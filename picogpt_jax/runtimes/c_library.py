@@ -23,7 +23,7 @@ from picogpt_jax.text.vocabulary import TokenIds
 
 # The first that the compiler takes. Vectors of 512 bits are too long for most rows of a small model.
 OPTIONS = (("-O3", "-march=native", "-mprefer-vector-width=256"), ("-O3", "-march=native"), ("-O3",))
-PLAIN = ("-std=c99", "-shared", "-fPIC", "-DPICOGPT_THREADS", "-include", str(SOURCES / "avx512.h"))
+PLAIN = ("-std=c99", "-shared", "-fPIC", "-DPICOGPT_THREADS")
 SELF_TEST_DIGEST = 0x5BB15E86  # what NumPy computes
 SELF_TEST_CHUNK = 4
 MODEL_BYTES = 1024  # room for a picogpt_model
@@ -81,7 +81,7 @@ def library() -> ctypes.CDLL:
     command, folder = compiler(), cache_folder()
     source = b"".join((SOURCES / name).read_bytes() for name in ("picogpt.h", "avx512.h", "picogpt.c"))
     name, features = cpu()
-    key = _hash(source, OPTIONS, name, sorted(features))
+    key = _hash(source, OPTIONS, PLAIN, name, sorted(features))
     if command is None:
         kept = sorted(folder.glob(f"picogpt-{key}-*.so"))
     else:
@@ -163,7 +163,8 @@ def _compiled(command: list[str], path: Path) -> ctypes.CDLL:
 
 def _compile(command: list[str], path: Path) -> None:
     for options in OPTIONS:
-        words = [*command, *PLAIN, *options, "-o", str(path), str(SOURCES / "picogpt.c")]
+        included = ("-include", str(SOURCES / "avx512.h"))
+        words = [*command, *PLAIN, *options, *included, "-o", str(path), str(SOURCES / "picogpt.c")]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:

@@ -78,8 +78,11 @@ def test_two_threads_compute_one_window(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(c_model, "PAIR_TOKENS", 16)
     model, sampling = random_integer_model(), Sampling(400, 0.8, 0, 1, "slide")
     alone, both = CGPT(model, 1), CGPT(model, 2)
-    assert (alone.windows_at_once, both._pair() is None) == (1, False)
+    windows: list[int] = []
+    last_logits = both._last_logits
+    monkeypatch.setattr(both, "_last_logits", lambda pair, ids: windows.append(len(ids)) or last_logits(pair, ids))
     expected, found = (np.concatenate(list(each.pieces(random_tokens(1, 20), sampling)), 1) for each in (alone, both))
+    assert windows == [16] * 400
     assert len(np.unique(expected)) > 4
     np.testing.assert_array_equal(found, expected)
 
@@ -153,13 +156,13 @@ def test_the_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(c_library, "_compile", lambda _, path: compiled.append(path))
     load_anew()
     assert (compiled, kept[0].stat().st_mtime_ns) == ([], before.st_mtime_ns)
-    for changed in (dict(OPTIONS=(("-O1",),)), dict(cpu=lambda: ("another", set()))):
+    for changed in (dict(OPTIONS=(("-O1",),)), dict(PLAIN=("-O0",)), dict(cpu=lambda: ("another", set()))):
         with monkeypatch.context() as patch:
             for name, value in changed.items():
                 patch.setattr(c_library, name, value)
             with pytest.raises(UserError, match="other results"):  # nothing was compiled
                 load_anew()
-    assert len({path.name for path in compiled} - {kept[0].name}) == 2
+    assert len({path.name for path in compiled} - {kept[0].name}) == 3
 
 
 OTHER = """
