@@ -12,7 +12,11 @@ from picogpt_jax.errors import UserError
 
 # By default XLA may leave out the rounding to bfloat16 between two operations, and where it does depends on the code
 # around them: training and serving would not give the same bits.
-COMPILER_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+COMPILER_OPTIONS: dict[str, str | bool | int] = {"xla_allow_excess_precision": False}
+# On TPUs XLA may multiply the shares of a split weight one after another, as they arrive. It does so where weights are
+# small beside the activations too, which takes longer (GPT-2 XL on v5e:4x4, by the plan: 19% in bfloat16, 60% in int8),
+# and it adds up products of int8 codes in bfloat16. So shares are gathered first.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
 # XLA's pass that adds up more than 32 terms in two stages on CPU, for precision, in slow loops of their own.
 TWO_STAGE_SUM_PASS = "tree_reduction_rewriter"
 # Its pass that takes barriers out before it decides what to fuse: then every loop that reads a value computes it anew,
@@ -62,7 +66,7 @@ def _only_cpu() -> bool:
     return has_cuda or not has_plugin()  # another plug-in has devices of its own
 
 
-def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool]:
+def compiler_options(platform: str | None = None, longest_sum: int | None = None) -> dict[str, str | bool | int]:
     """Options for `jax.jit`.
 
     Args:
@@ -70,8 +74,9 @@ def compiler_options(platform: str | None = None, longest_sum: int | None = None
         longest_sum: terms of the longest sum in the program; None: it may be long. On CPU short ones are added up in
             one loop, without which a training step takes 13% longer.
     """
-    if (platform or jax.default_backend()) != "cpu":
-        return COMPILER_OPTIONS
+    platform = platform or jax.default_backend()
+    if platform != "cpu":
+        return COMPILER_OPTIONS | (TPU_OPTIONS if platform == "tpu" else {})
     is_short = longest_sum is not None and longest_sum <= SHORT_SUM
     left_out = [BARRIER_PASS, TWO_STAGE_SUM_PASS] if is_short else [BARRIER_PASS]
     return COMPILER_OPTIONS | {"xla_disable_hlo_passes": ",".join(left_out)}

@@ -20,7 +20,7 @@ from picogpt_jax.devices.sharding import constrain
 from picogpt_jax.kernels.fused_attention import fused as fused_attention
 from picogpt_jax.model import attention, integer
 from picogpt_jax.model.dropout import DropoutKey, dropout
-from picogpt_jax.model.linear import Dense, Embedding, as_row, init_stddev
+from picogpt_jax.model.linear import Dense, Embedding, Table, as_row, init_stddev
 from picogpt_jax.model.numerics import Numerics
 from picogpt_jax.model.quantization import ROUNDING
 
@@ -87,6 +87,11 @@ def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int) -> tuple[Float[Array
     return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
 
 
+def written_as_matrix(y: Float[Array, "B T *O"]) -> Float[Array, "B T *O"]:
+    """`y`, in memory. The TPU compiler else scales int8 products after it has moved them by heads, in float32."""
+    return lax.optimization_barrier(y.reshape(-1, *y.shape[2:])).reshape(y.shape)
+
+
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x * Phi(x), with the error function."""
     return 0.5 * x * (1.0 + lax.erf(x * 0.5**0.5))
@@ -118,6 +123,8 @@ class Attention(nn.Module):
         factor, bits = attention.query_factor(config.head_size), integer.HEAD_BITS
         c_attn = functools.partial(Dense, parts=3, output_bits=bits, first_factor=factor, name="c_attn")
         qkv = c_attn(3 * width, ("embed", "qkv"), numerics, config.bias)(x_BTC)
+        if numerics.mode == "train" and qkv.dtype == jnp.bfloat16:
+            qkv = lax.platform_dependent(qkv, tpu=written_as_matrix, default=lambda qkv: qkv)
         heads = split_heads(qkv, config.n_head)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
@@ -283,9 +290,13 @@ class GPT(nn.Module):
         place = functools.partial(jax.tree.map, lambda array: constrain(array, "batch", "heads", None, None))
         return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time))
 
-    def head(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
-        """float32 logits; of the parameters it needs those of `wte` alone."""
-        return constrain(self.wte.attend(x_BTC).astype(jnp.float32), "batch", None, "vocab")
+    def head(self, x_BTC: Float[Array, "B T C"], table: Table | None = None) -> Float[Array, "B T V"]:
+        """float32 logits, of `wte` alone among the parameters. With a `head_table` they are for no gradient."""
+        return constrain(self.wte.attend(x_BTC, table).astype(jnp.float32), "batch", None, "vocab")
+
+    def head_table(self) -> Table:
+        """What `head` multiplies by, made once for many parts of a batch."""
+        return self.wte.multiplied()
 
     def _blocks(self, x_BTC: Float[Array, "B T C"], key: DropoutKey | None) -> Float[Array, "B T C"]:
         """All blocks, scanned or rematerialised."""

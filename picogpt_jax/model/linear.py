@@ -20,8 +20,11 @@ from picogpt_jax.model.quantization import (
     QuantizedTensor,
     fake_quantize,
     int8_dot,
+    quantize,
     quantized_dot_general,
 )
+
+Table = QuantizedTensor | Float[Array, "V C"]
 
 INIT_STDDEV = 0.02
 
@@ -141,6 +144,8 @@ class Embedding(nn.Module):
             rows = self.table.dequantize()[ids]
         elif self.numerics.mode == "float":
             rows = self.table[ids]
+        elif self.numerics.quant.weight_granularity == "per_channel" and ids.size < self.rows:
+            rows = fake_quantize(self.table[ids], "per_channel")  # a row has its own scale: the same, of fewer rows
         else:
             rows = fake_quantize(self.table, self.numerics.quant.weight_granularity)[ids]
         dtype = jnp.float32 if self.numerics.is_integer else self.numerics.dtype
@@ -152,16 +157,31 @@ class Embedding(nn.Module):
             return self.table.codes, integer.exponent_of(self.table.scale)
         return integer.quantize_weight(self.table, 1, self.numerics.quant.weight_granularity)
 
-    def attend(self, x_BTC: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
-        if self.numerics.is_integer:
-            logits_BTV = integer.linear(x_BTC, *self._codes(), 1, None, 64, integer.LOGIT_BITS)
-            if not isinstance(self.table, QuantizedTensor):
-                twin_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
-                logits_BTV = integer.carry(logits_BTV, twin_BTV)
-        elif isinstance(self.table, QuantizedTensor):
-            logits_BTV = int8_dot(x_BTC, self.table, self.numerics.quant.activation_bits)
+    def multiplied(self) -> Table:
+        """What `attend` multiplies by, whole on each device along the width; for calls that need no gradient of it."""
+        numerics = self.numerics
+        if numerics.mode == "float":
+            return constrain(self.table.astype(numerics.dtype), "vocab", None)
+        if numerics.is_integer:
+            codes, exponent = self._codes()
+            table = QuantizedTensor(codes, integer.power(exponent))
         else:
-            logits_BTV = matmul(x_BTC, self.table, 1, self.dot_general, self.numerics)
+            table = quantize(self.table, numerics.quant.weight_granularity)
+        return QuantizedTensor(constrain(table.codes, "vocab", None), table.scale)
+
+    def attend(self, x_BTC: Float[Array, "B T C"], table: Table | None = None) -> Float[Array, "B T V"]:
+        """The logits; `table`: what `multiplied` has made."""
+        numerics, table = self.numerics, self.table if table is None else table
+        if not isinstance(table, QuantizedTensor):
+            logits_BTV = matmul(x_BTC, table, 1, self.dot_general, numerics)
+            if numerics.is_integer:
+                integers_BTV = integer.linear(x_BTC, *self._codes(), 1, None, 64, integer.LOGIT_BITS)
+                logits_BTV = integer.carry(integers_BTV, logits_BTV)
+        elif numerics.is_integer:
+            exponent = integer.exponent_of(table.scale)
+            logits_BTV = integer.linear(x_BTC, table.codes, exponent, 1, None, 64, integer.LOGIT_BITS)
+        else:
+            logits_BTV = int8_dot(x_BTC, table, numerics.quant.activation_bits)
         if self.used is None or self.used == self.rows:
             return logits_BTV
         # The logits of padding are zeros. Added to, they have the gradient as it comes: no copy of it is masked.

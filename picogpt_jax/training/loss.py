@@ -72,6 +72,7 @@ def empty_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "B 
 def mean_loss(
     head: Callable[[Any, Float[Array, "B t C"]], Float[Array, "B t V"]],
     weights: Any,
+    constant_weights: Any,
     x_BTC: Float[Array, "B T C"],
     targets_BT: Int[Array, "B T"],
     scale: Float[Array, ""],
@@ -82,11 +83,12 @@ def mean_loss(
 
     Args:
         head: (weights, x) -> float32 logits, each position's of itself alone.
+        constant_weights: `head` makes the same logits of them, and they have no gradient: what is quantized already.
         scale: float16's loss scale: it is in the gradient before that is rounded.
         parts: of the time; divides it.
         dtype: of the logits' gradient.
     """
-    constant_weights, constant_BTC = lax.stop_gradient((weights, x_BTC))
+    constant_weights, constant_BTC = lax.stop_gradient((constant_weights, x_BTC))
     in_parts = lambda array: array.reshape(array.shape[0], parts, -1, *array.shape[2:])  # noqa: E731
 
     def part(gradient_BPtV: Array, index: Array) -> tuple[Array, Array]:

@@ -217,10 +217,13 @@ class Trainer:
         targets_BT = tokens_BT1[:, 1:]
         if is_small:
             return optax.softmax_cross_entropy_with_integer_labels(result, targets_BT).mean() * scale
-        head = lambda wte, x_BtC: apply({"params": {"wte": wte}}, x_BtC, method="head")  # noqa: E731
+        weights = {"params": {"wte": params["wte"]}}
+        # Of the second, quantized here and not in each part, there is no gradient.
+        both = (weights, None), (weights, apply(weights, method="head_table"))
+        head = lambda weights, x_BtC: apply(weights[0], x_BtC, weights[1], method="head")  # noqa: E731
         data, fsdp, tensor = self.mesh.devices.shape
         parts = time_parts(targets_BT.shape[0] // (data * fsdp), targets_BT.shape[1], vocabulary // tensor)
-        return mean_loss(head, params["wte"], result, targets_BT, scale, parts, self.dtype)
+        return mean_loss(head, *both, result, targets_BT, scale, parts, self.dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
         """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""

@@ -32,7 +32,7 @@ def plain(weights_VC: jax.Array, x_BTC: jax.Array) -> jax.Array:
 
 def in_parts(parts: int, dtype: Any = jnp.float32, scale: float = 1.0) -> Any:
     dtype, scale = jnp.dtype(dtype), jnp.float32(scale)
-    return lambda weights_VC, x_BTC: mean_loss(head, weights_VC, x_BTC, TARGETS_BT, scale, parts, dtype)
+    return lambda weights_VC, x_BTC: mean_loss(head, weights_VC, weights_VC, x_BTC, TARGETS_BT, scale, parts, dtype)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 6])
@@ -51,7 +51,7 @@ def test_the_gradient_is_scaled_before_it_is_rounded() -> None:
     logits_BTV = jnp.zeros((1, 1, 2)).at[..., 0].set(26 * np.log(2))
     for scale, expected in ((1.0, 0.0), (2.0**15, 2.0**-11)):
         operands = jnp.zeros((1, 1), jnp.int32), jnp.float32(scale), 1, jnp.dtype("float16")
-        gradient = jax.grad(lambda x: mean_loss(lambda _, x: x, (), x, *operands))(logits_BTV)  # noqa: B023
+        gradient = jax.grad(lambda x: mean_loss(lambda _, x: x, (), (), x, *operands))(logits_BTV)  # noqa: B023
         np.testing.assert_allclose(gradient[0, 0, 1], expected, rtol=1e-3)
 
 
