@@ -155,7 +155,11 @@ def causal_scores(
     visible_tT = lax.broadcasted_iota(jnp.int32, (queries, time), 1) <= time - queries + lax.broadcasted_iota(
         jnp.int32, (queries, time), 0
     )
-    return jnp.where(visible_tT[None, None], scores_BHtT, jnp.finfo(scores_BHtT.dtype).min)
+    lowest = jnp.asarray(jnp.finfo(scores_BHtT.dtype).min, scores_BHtT.dtype)
+    if q_BHtD.dtype == jnp.bfloat16:
+        # Made to depend on the queries: else both are the same in each layer, and lie in memory as [B, H, t, T].
+        visible_tT, lowest, _ = lax.optimization_barrier((visible_tT, lowest, q_BHtD[:, :1, :1, :1]))
+    return jnp.where(visible_tT[None, None], scores_BHtT, lowest)
 
 
 def key_products(

@@ -16,3 +16,13 @@ def test_attention_to_a_cache_is_that_to_the_whole_window(queries: int) -> None:
     keys, values = (jnp.where(jnp.arange(96)[:, None] < past, part, 1e30) for part in parts[1:])
     found = jax.jit(cached_attention)(*parts[:, :, :, past:], keys, values, jnp.int32(past))
     np.testing.assert_allclose(found, causal(*parts)[:, :, past:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "depends"), [("bfloat16", True), ("float32", False)])
+def test_the_mask_depends_on_the_layer_in_the_type_of_accelerators(dtype: str, depends: bool) -> None:
+    """And lets the gradient pass."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 8), dtype)
+    program = str(jax.make_jaxpr(causal)(x, x, x))
+    assert ("optimization_barrier" in program) == depends
+    gradient, expected = (jax.grad(lambda x: causal(x, x, x).sum())(x.astype(kind)) for kind in (dtype, "float32"))
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=0.1)
