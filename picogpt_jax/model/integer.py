@@ -18,6 +18,7 @@ Shapes: B batch, T time (query), S time (key), C width, H heads, D head size, I 
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +258,7 @@ def attention(
     top = jnp.where(p > 0, bits(p) + v_row, NO_EXPONENT).max(-1, keepdims=True) - weight_bits
     s = jnp.clip(top - v_row, -22, 31)
     w = jnp.minimum(shift(p, s), (1 << weight_bits) - 1)
-    o = _weighted(w, v_BHSD)
+    o = _weighted(w, v_BHSD, is_byte=weight_bits == 8)
     n = jnp.maximum(bits(jnp.abs(o).max(-1, keepdims=True)) - 15, 0)
     dt = bits(den) - 8
     narrow = shift(den, dt)
@@ -265,23 +266,40 @@ def attention(
     return u.astype(jnp.float32) * power(jnp.clip(top + n - 15 - dt, -126, 100)), weights
 
 
-def _products(lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"]) -> Int32[Array, "B H T N"]:
-    """Products of matrices below 2^24: in float32 where a CPU computes, int8 has no kernel for a batch there."""
+def _products(lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"], is_byte: bool) -> Int32[Array, "B H T N"]:
+    """Products of matrices below 2^24: in float32 where a CPU computes, int8 has no kernel for a batch there.
+
+    Args:
+        is_byte: `lhs` is from 0 to 255; else from -128 to 127.
+    """
+    return lax.platform_dependent(lhs, rhs, cpu=_float_products, default=partial(int8_products, is_byte=is_byte))
+
+
+def _float_products(lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"]) -> Int32[Array, "B H T N"]:
     return jnp.matmul(lhs.astype(jnp.float32), rhs.astype(jnp.float32), precision="highest").astype(jnp.int32)
+
+
+def int8_products(
+    lhs: Int[Array, "B H T K"], rhs: Int8[Array, "B H K N"], is_byte: bool = False
+) -> Int32[Array, "B H T N"]:
+    """`_products` by the int8 units of a GPU or TPU; bytes are shifted: sum a b = sum (a - 128) b + 128 sum b."""
+    narrow = (lhs - 128 if is_byte else lhs).astype(jnp.int8)
+    sums = jnp.matmul(narrow, rhs, preferred_element_type=jnp.int32)
+    return sums + 128 * rhs.sum(2, keepdims=True, dtype=jnp.int32) if is_byte else sums
 
 
 def _scores(q: Int8[Array, "B H T D"], k: Int8[Array, "B H S D"]) -> Int32[Array, "B H T S"]:
     """Products of queries and keys. For one query, by sums: a copy of the keys in float32 would take longer."""
     if q.shape[2] == 1:
         return (q.mT.astype(jnp.int32) * k.mT.astype(jnp.int32)).sum(2, keepdims=True)
-    return _products(q, k.mT)
+    return _products(q, k.mT, is_byte=False)
 
 
-def _weighted(w: Int[Array, "B H T S"], v: Int8[Array, "B H S D"]) -> Int32[Array, "B H T D"]:
+def _weighted(w: Int[Array, "B H T S"], v: Int8[Array, "B H S D"], is_byte: bool) -> Int32[Array, "B H T D"]:
     """Sums of values times their weights."""
     batch, heads, queries, keys = w.shape
     if queries > 1 or sharding.splits("heads"):
-        return _products(w, v)
+        return _products(w, v, is_byte)
     # With one dimension for streams and heads, 32 streams are 1.6 times as fast on a CPU: no copy is made in float32.
     w_NS, v_NSD = w.reshape(batch * heads, keys).astype(jnp.float32), v.reshape(batch * heads, keys, -1)
     sums_ND = jnp.einsum("ns,nsd->nd", w_NS, v_NSD.astype(jnp.float32), precision="highest")

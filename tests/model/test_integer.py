@@ -1,6 +1,7 @@
 """Integer arithmetic in JAX: the bits of the specification's own program, on any devices, in any batch and form."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from picogpt_jax.model import integer
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.layers import stack
 from picogpt_jax.model.numerics import Numerics
+from picogpt_jax.runtimes import numpy_integer as oracle
 from picogpt_jax.runtimes.numpy_integer import NumpyIntegerGPT
 from picogpt_jax.text.vocabulary import Vocabulary
 from picogpt_jax.training.trainer import Trainer
@@ -152,6 +154,46 @@ def test_a_scan_and_remat_change_nothing() -> None:
         model = GPT(config, Numerics(INTEGER, "train"), scan=scan, remat=remat)  # type: ignore[arg-type]
         found = jax.jit(model.apply)({"params": stack(params) if scan else params}, jnp.asarray(TOKENS))
         np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def heads_of(seed: int, keys: int, size: int, exponents: int = 6) -> Any:
+    """Codes and exponents of q, k and v, as `quantize` could give them."""
+    draw = np.random.default_rng(seed)
+    parts = draw.integers(-127, 128, (3, 2, 3, keys, size)), draw.integers(-12, exponents - 12, (3, 2, 3, keys, 1))
+    return tuple(zip(*(jnp.asarray(part, jnp.int8) for part in parts), strict=True))
+
+
+def quantized(y_BHTD: Any) -> np.ndarray:
+    """The values [B, T, C] that the next layer computes with."""
+    codes, t = integer.quantize(jnp.asarray(y_BHTD).transpose(0, 2, 1, 3).reshape(*y_BHTD.shape[::2], -1))
+    return np.asarray(codes * integer.power(t))
+
+
+def numpy_attention(q: Any, k: Any, v: Any, block_size: int) -> np.ndarray:
+    """`quantized` of what the specification's program returns, whose integers have 12 fraction bits."""
+    operands = ((np.asarray(codes, np.int32), np.asarray(e, np.int32) + 12) for codes, e in (q, k, v))
+    codes, t = oracle.attention(*operands, block_size)
+    return codes.reshape(*codes.shape[:2], -1) * np.exp2(t, dtype=np.float32)
+
+
+@pytest.mark.parametrize("block_size", [256, 1024])
+def test_int8_products_give_the_bits_of_float_ones(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = heads_of(0, 40, 24)
+    expected, _ = integer.attention(q, k, v, 0, block_size)
+    monkeypatch.setattr(integer, "_products", integer.int8_products)
+    found, _ = integer.attention(q, k, v, 0, block_size)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(quantized(found), numpy_attention(q, k, v, block_size))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+def test_products_of_attention_are_int8_where_that_is_fast(platform: str) -> None:
+    q, k, v = heads_of(0, 40, 24)
+    traced = jax.jit(lambda q, k, v: integer.attention(q, k, v, 0, 256)).trace(q, k, v)
+    products = re.findall(r"dot_general.*: \((.*)\) ->", traced.lower(lowering_platforms=(platform,)).as_text())
+    assert len(products) == 2
+    narrow = [product.count("xi8>") for product in products]
+    assert narrow == ([0, 0] if platform == "cpu" else [2, 2])
 
 
 def test_gradients_are_close_to_those_of_mixed_arithmetic() -> None:
