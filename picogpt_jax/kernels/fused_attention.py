@@ -137,8 +137,6 @@ def fused(
 ) -> Float[Array, "B H T D"]:
     """Causal attention without dropout, by a fused kernel.
 
-    A kernel is opaque to the compiler's partitioner: each device calls it for its own sequences and heads.
-
     Args:
         interpret: compute the Pallas kernel by an interpreter, on any device (for tests).
     """
@@ -146,12 +144,17 @@ def fused(
     def kernel(q: Float[Array, "b h T D"], k: Float[Array, "b h T D"], v: Float[Array, "b h T D"]) -> Array:
         return _cudnn(q, k, v) if form == "cudnn" else _splash(q, k, v, interpret)
 
+    return on_each_device(kernel, q_BHTD, k_BHTD, v_BHTD)
+
+
+def on_each_device(kernel: Callable[..., Array], *operands_BH: Array) -> Array:
+    """Calls a kernel, which is opaque to the compiler's partitioner: each device for its own sequences and heads."""
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_BHTD, k_BHTD, v_BHTD)
+        return kernel(*operands_BH)
     place = sharding.partition_spec(("batch", "heads", None, None))
     # check_vma: Pallas calls do not say over which mesh axes their results vary.
-    sharded = jax.shard_map(kernel, in_specs=(place, place, place), out_specs=place, check_vma=False)
-    return sharded(q_BHTD, k_BHTD, v_BHTD)
+    in_specs = (place,) * len(operands_BH)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=place, check_vma=False)(*operands_BH)
 
 
 def _cudnn(q_BHTD: Array, k_BHTD: Array, v_BHTD: Array) -> Array:

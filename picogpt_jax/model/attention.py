@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from picogpt_jax.config import ModelConfig
-from picogpt_jax.kernels import products
+from picogpt_jax.kernels import integer_attention, products
 from picogpt_jax.kernels.fused_attention import fused
 from picogpt_jax.model import integer
 from picogpt_jax.model.numerics import Numerics
@@ -65,6 +65,8 @@ def integer_attend(
 ) -> tuple[Float[Array, "B H t D"], Kept]:
     """`attend` in integer arithmetic, of what carries integers, and what is kept of the keys and values.
 
+    Where a fused kernel serves, the values are an integer kernel's and the gradient is the float one's.
+
     Args:
         q_BHtD: multiplied by `query_factor` already.
         past: the positions before these; they are kept with the new ones among them.
@@ -77,20 +79,24 @@ def integer_attend(
         place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=length, axis=2)
         kept = tuple(place(old, new) for old, new in zip(before, kept, strict=True))
         first = first + length
-    keys, values = (kept[0], kept[2]), (kept[1], kept[3])
     keep = None if drop is None else drop(jnp.ones((*q_BHtD.shape[:3], k_BHTD.shape[2]))) > 0.0
+    is_trained = numerics.mode != "serve" and past is None and not first
+    is_small = config.head_size <= integer_attention.LARGEST_HEAD
+    if is_trained and keep is None and is_small and numerics.attention != "plain":
+        y_BHtD = integer_attention.attention(numerics.attention, q, k, v, integer.weight_bits(config.block_size))
+        to_natural = math.log(2.0) * math.sqrt(config.head_size)
+        q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD * to_natural, k_BHTD, v_BHTD))
+        return integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)), kept
+    keys, values = (kept[0], kept[2]), (kept[1], kept[3])
     y_BHtD, weights_BHtS = integer.attention(q, keys, values, first, config.block_size, keep)
-    if drop is not None:
-        y_BHtD = y_BHtD * (1.0 / (1.0 - config.dropout))
-    if numerics.mode == "serve" or past is not None or first:
+    kept_scale = 1.0 / (1.0 - config.dropout)
+    if keep is not None:
+        y_BHtD = y_BHtD * kept_scale
+    if not is_trained:
         return y_BHtD, kept
     q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD, k_BHTD, v_BHTD))
-    if numerics.attention == "plain":
-        kept_scale = 1.0 / (1.0 - config.dropout)
-        operands = (y_BHtD, weights_BHtS, keep, q_BHtD, k_BHTD, v_BHTD)
-        return with_gradient(*operands, kept_scale, numerics.backward_dtype), kept
-    q_BHtD = (q_BHtD * (math.log(2.0) * math.sqrt(config.head_size))).astype(numerics.dtype)
-    return integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)), kept
+    operands = (y_BHtD, weights_BHtS, keep, q_BHtD, k_BHTD, v_BHTD)
+    return with_gradient(*operands, kept_scale, numerics.backward_dtype), kept
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -219,6 +219,11 @@ def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu, "relu": relu}
 
 
+def weight_bits(block_size: int) -> int:
+    """Of an attention weight: so many that sums over `block_size` of them are below 2^24."""
+    return 8 - ((block_size - 1) // 512).bit_length()
+
+
 def attention(
     q: tuple[Int8[Array, "B H T D"], Int[Array, "B H T 1"]],
     k: tuple[Int8[Array, "B H S D"], Int[Array, "B H S 1"]],
@@ -253,12 +258,12 @@ def attention(
     den = p.sum(-1, keepdims=True)
     if keep is not None:
         p = jnp.where(keep, p, 0)
-    weight_bits = 8 - ((block_size - 1) // 512).bit_length()
+    b = weight_bits(block_size)
     v_row = v_exponent.astype(jnp.int32).mT
-    top = jnp.where(p > 0, bits(p) + v_row, NO_EXPONENT).max(-1, keepdims=True) - weight_bits
+    top = jnp.where(p > 0, bits(p) + v_row, NO_EXPONENT).max(-1, keepdims=True) - b
     s = jnp.clip(top - v_row, -22, 31)
-    w = jnp.minimum(shift(p, s), (1 << weight_bits) - 1)
-    o = _weighted(w, v_BHSD, is_byte=weight_bits == 8)
+    w = jnp.minimum(shift(p, s), (1 << b) - 1)
+    o = _weighted(w, v_BHSD, is_byte=b == 8)
     n = jnp.maximum(bits(jnp.abs(o).max(-1, keepdims=True)) - 15, 0)
     dt = bits(den) - 8
     narrow = shift(den, dt)

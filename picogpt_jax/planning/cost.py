@@ -11,9 +11,19 @@ import re
 from collections import Counter
 from typing import Literal
 
+from picogpt_jax.kernels import integer_attention
+from picogpt_jax.kernels.fused_attention import LANES
 from picogpt_jax.planning.hlo import Computation, Instruction, Module, integers, replica_groups
 from picogpt_jax.planning.loops import Executed, executed
-from picogpt_jax.planning.memory import CUBLAS, CUBLAS_GEMM, CUDNN_BACKWARD, CUDNN_FORWARD, MARKERS, memory_bytes
+from picogpt_jax.planning.memory import (
+    CUBLAS,
+    CUBLAS_GEMM,
+    CUDNN_BACKWARD,
+    CUDNN_FORWARD,
+    MARKERS,
+    TRITON,
+    memory_bytes,
+)
 
 PRODUCTS = ("dot", "convolution")
 # Products of the splash attention kernels: scores and result; scores again, their gradient and the queries'; both, and
@@ -113,7 +123,7 @@ def cost_of(module: Module, devices: int) -> Cost:
         for instruction, computation in _calls(module, item):
             called = _called_products(instruction, computation)
             if not called:
-                unknown_calls[f"{instruction.target} ({instruction.name.rstrip('.0123456789')})"] += item.times
+                unknown_calls[f"{instruction.target} ({kernel_name(instruction)})"] += item.times
             products += called
         n_bytes = 0 if found else memory_bytes(module, item)
         if products or n_bytes:
@@ -147,7 +157,23 @@ def _called_products(instruction: Instruction, computation: Computation) -> list
         return [Product(_flops(instruction, computation), _precision(instruction, computation))]
     if instruction.target in CUDNN_PRODUCTS:
         return _cudnn_products(instruction, computation)
+    if kernel_name(instruction) in integer_attention.PRODUCTS:
+        return _integer_attention_products(instruction, computation)
     return _kernel_products(instruction, computation) if instruction.target == "tpu_custom_call" else []
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """What a kernel of Pallas is called: Triton's configuration says it, else the instruction."""
+    stated = re.search(r'\bname = "(\w+)"', instruction.attributes) if instruction.target == TRITON else None
+    return stated[1] if stated else instruction.name.rstrip(".0123456789")
+
+
+def _integer_attention_products(instruction: Instruction, computation: Computation) -> list[Product]:
+    """By the shape of the queries [.., T, D]; blocks above the diagonal are not computed."""
+    *heads, time, head_size = computation.by_name[instruction.operands[0]].result[0].dims
+    blocks = time // (integer_attention.GPU_BLOCK if instruction.target == TRITON else LANES)
+    flops = 2.0 * math.prod(heads) * time**2 * head_size * (blocks + 1) / (2 * blocks)
+    return [Product(flops, "int8")] * integer_attention.PRODUCTS[kernel_name(instruction)]
 
 
 def _cudnn_products(instruction: Instruction, computation: Computation) -> list[Product]:

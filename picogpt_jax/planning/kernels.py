@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from picogpt_jax.planning.cost import Precision, cost_of
+from picogpt_jax.planning.cost import Precision, cost_of, kernel_name
 from picogpt_jax.planning.hlo import Instruction, Module
-from picogpt_jax.planning.memory import CUBLAS, CUBLAS_GEMM, CUDNN_BACKWARD, CUDNN_FORWARD
+from picogpt_jax.planning.memory import CUBLAS, CUBLAS_GEMM, CUDNN_BACKWARD, CUDNN_FORWARD, TRITON
 
 LIBRARIES = {CUBLAS: "cuBLASLt", CUBLAS_GEMM: "cuBLAS", CUDNN_FORWARD: "cuDNN", CUDNN_BACKWARD: "cuDNN"}
+LIBRARIES |= {TRITON: "Triton"}  # a kernel that was written for it
 FUSIONS = {"__triton": "Triton", "__cudnn": "cuDNN", "__custom_fusion": "CUTLASS"}  # how a fusion's kind begins
 LOOP = "loop"  # of XLA's own, one multiplication after another
 # A tensor core's instruction in PTX, up to Ampere, on Hopper and on Blackwell; the types are part of its name.
@@ -70,7 +71,8 @@ def _on_tensor_cores(
 ) -> bool | None:
     if origin == LOOP:
         return False
-    ptx = code.get(re.sub(r"\W", "_", instruction.name)) if origin == "Triton" else None
+    name = kernel_name(instruction) if instruction.target == TRITON else re.sub(r"\W", "_", instruction.name)
+    ptx = code.get(name) if origin == "Triton" else None
     if ptx is None:
         return None
     return any(precision != "int8" or _INT8.search(name) for name in _TENSOR_CORE.findall(ptx))

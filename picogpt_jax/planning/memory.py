@@ -12,6 +12,7 @@ MARKERS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Ass
 MARKERS |= {"GatherScatterIndicesBitpacked", "ConcatBitcast"}
 CUBLAS, CUDNN_FORWARD, CUDNN_BACKWARD = "__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 CUBLAS_GEMM = "__cublas$gemm"  # cuBLAS's older function, which the autotuner may take on a real GPU
+TRITON = "__gpu$xla.gpu.triton"  # a kernel of Pallas for GPUs; for TPUs it is a `tpu_custom_call`
 # The last array of their results is scratch, of unknown traffic.
 WITH_WORKSPACE = {CUBLAS, CUBLAS_GEMM, CUDNN_FORWARD, CUDNN_BACKWARD}
 

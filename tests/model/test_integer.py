@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from picogpt_jax.config import MeshConfig, ModelConfig
 from picogpt_jax.devices.sharding import batch_sharding, make_mesh, on
 from picogpt_jax.int8.convert import FLOAT, float_arrays, serving_quant, serving_variables
 from picogpt_jax.int8.integer_model import IntegerModel, integer_model
-from picogpt_jax.model import integer
+from picogpt_jax.model import attention, integer
 from picogpt_jax.model.gpt import GPT
 from picogpt_jax.model.layers import stack
 from picogpt_jax.model.numerics import Numerics
@@ -144,6 +145,32 @@ def test_logits_are_the_same_over_any_mesh(sizes: tuple[int, int, int]) -> None:
             return model.apply({"params": params}, tokens)
 
     np.testing.assert_array_equal(np.asarray(forward(params, jnp.asarray(tokens))), expected)
+
+
+def test_a_kernel_gives_the_bits_of_numpy_and_the_gradient_of_the_float_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Pallas' interpreter; the plain form stands for the float kernel."""
+    config = config_of(block_size=128, bias=True)
+    params = random_params(config, stddev=0.1)
+    tokens = np.random.default_rng(3).integers(0, 11, (1, 128))
+    monkeypatch.setattr(attention, "fused", lambda form, q, k, v: attention.causal(q, k, v))
+    in_kernel = partial(attention.integer_attention.attention, interpret=True)
+    monkeypatch.setattr(attention.integer_attention, "attention", in_kernel)
+
+    def outputs(form: Any) -> tuple[np.ndarray, np.ndarray]:
+        model = GPT(config, Numerics(INTEGER, "train", attention=form))
+
+        def loss(params: Any) -> Any:
+            logits = model.apply({"params": params}, jnp.asarray(tokens))
+            return jnp.square(logits).mean(), logits
+
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return np.asarray(logits), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
+
+    (plain_logits, plain), (logits, found) = outputs("plain"), outputs("splash")
+    np.testing.assert_array_equal(logits, in_numpy(made(config, params)).forward(tokens))
+    np.testing.assert_array_equal(logits, plain_logits)
+    assert plain @ found / np.linalg.norm(plain) / np.linalg.norm(found) > 0.999
+    assert np.any(plain != found), "they are two forms"
 
 
 def test_a_scan_and_remat_change_nothing() -> None:

@@ -235,6 +235,29 @@ def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -
     assert [work.n_bytes for work in silent.work] == [2 * 128], "its memory traffic counts; a marker's does not"
 
 
+@pytest.mark.parametrize(
+    ("call", "products", "blocks"),
+    [
+        ('%integer_attention.3 = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 4, 4),
+        ('%integer_attention_bytes = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 5, 4),
+        ('%pallas_call.3 = RESULT custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", '
+         'backend_config={debug = false, ir = "ML\\EF", name = "integer_attention", num_warps = 4 : i32}', 4, 8),
+    ],
+)  # fmt: skip
+def test_integer_attention_counts_int8_products_of_the_blocks_that_it_computes(
+    call: str, products: int, blocks: int
+) -> None:
+    found = cost(f"""
+    ENTRY %main (q: s8[2,3,512,64]) -> f32[2,3,512,64] {{
+      %q = s8[2,3,512,64] parameter(0)
+      ROOT {call.replace("RESULT", "f32[2,3,512,64]")}
+    }}
+    """)
+    assert (found.uncounted, found.products("int8")) == ([], products)
+    assert found.flops("int8") == products * 2 * 2 * 3 * 512 * 512 * 64 * (blocks + 1) / (2 * blocks)
+    assert found.n_bytes == (1 + 4) * 2 * 3 * 512 * 64
+
+
 # As the GPU compiler writes calls of libraries, shortened.
 CUBLAS = """
     ENTRY %main (a: s8[256,512], b: s8[1024,512], x: bf16[4,64,32], c: bf16[64,64], bias: bf16[64]) -> bf16[4,64,64] {
