@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from picogpt_jax.config import ModelConfig
@@ -86,7 +87,8 @@ def integer_attend(
         y_BHtD = integer_attention.attention(numerics.attention, q, k, v, integer.weight_bits(config.block_size))
         to_natural = math.log(2.0) * math.sqrt(config.head_size)
         q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD * to_natural, k_BHTD, v_BHTD))
-        return integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD)), kept
+        y_BHtD = integer.carry(y_BHtD, fused(numerics.attention, q_BHtD, k_BHTD, v_BHTD))
+        return checkpoint_name(y_BHtD, "attention"), kept
     keys, values = (kept[0], kept[2]), (kept[1], kept[3])
     y_BHtD, weights_BHtS = integer.attention(q, keys, values, first, config.block_size, keep)
     kept_scale = 1.0 / (1.0 - config.dropout)

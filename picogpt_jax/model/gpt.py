@@ -30,13 +30,14 @@ def remat_policy(remat: Remat, numerics: Numerics) -> Callable[..., Any]:
 
     "block" keeps nothing, for a third more work and the least memory. "dots" keeps the outputs of the linear layers, in
     the compute type: most of that work. Of int8 layers it does not keep the wide ones: to multiply int8 codes again
-    takes less memory traffic than to write the output, to stack it and to read it.
+    takes less memory traffic than to write the output, to stack it and to read it. Of the integer attention kernel it
+    keeps the result: to compute that again takes the codes of queries, keys and values as well.
     """
     if remat == "block":
         return jax.checkpoint_policies.nothing_saveable
     is_int8 = numerics.mode != "float" and numerics.quant.activation_bits is not None
     wide = () if is_int8 else ("c_attn", "c_fc")
-    return jax.checkpoint_policies.save_only_these_names("c_proj", *wide)
+    return jax.checkpoint_policies.save_only_these_names("c_proj", "attention", *wide)
 
 
 @struct.dataclass

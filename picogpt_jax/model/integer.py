@@ -74,7 +74,8 @@ def shift(x: Int32[Array, "..."], s: Int32[Array, "..."] | int) -> Int32[Array, 
     """round(x / 2^s), halves up, for s up to 31; where s is negative, x * 2^-s."""
     s = jnp.asarray(s, jnp.int32)
     right = jnp.maximum(s, 0)
-    half = jnp.where(s > 0, jnp.int32(1) << jnp.maximum(s - 1, 0), 0)
+    # Without `where`: JAX would move an array of its zeros out of a scan over layers, and each layer would read it.
+    half = lax.shift_right_logical(jnp.int32(1) << right, jnp.ones_like(right))
     return ((x + half) >> right) << jnp.maximum(-s, 0)
 
 

@@ -93,17 +93,11 @@ def test_the_code_is_read_kernel_by_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not IS_INSTALLED, reason="pip install 'picogpt_jax[gpu-plan]' to run this test")
-@pytest.mark.parametrize("arithmetic", ["mixed", "integer"])
-def test_a_step_for_one_h100_has_its_int8_products_on_tensor_cores(tmp_path: Path, arithmetic: str) -> None:
-    size = dict(
-        quant__arithmetic=arithmetic,
-        model__n_layer=1,
-        model__n_head=1,
-        model__n_embd=64,
-        model__block_size=64,
-        model__vocab_size=64,
-    )
-    config = tiny_config(**size, model__dropout=0.0, train__dtype="bfloat16")
+@pytest.mark.parametrize(("arithmetic", "remat"), [("mixed", "none"), ("integer", "dots")])
+def test_a_step_for_one_h100_has_its_int8_products_on_tensor_cores(tmp_path: Path, arithmetic: str, remat: str) -> None:
+    model = dict(n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=64, dropout=0.0)
+    size = {f"model__{name}": value for name, value in model.items()}
+    config = tiny_config(**size, train__dtype="bfloat16", train__remat=remat, quant__arithmetic=arithmetic)
     trainer = Trainer(config, plan.topology_devices("h100:1"))
     batches = jax.ShapeDtypeStruct((1, 8, 65), jnp.uint16, sharding=batch_sharding(trainer.mesh, 1))
     with gpus.without_cudnn():
@@ -111,9 +105,13 @@ def test_a_step_for_one_h100_has_its_int8_products_on_tensor_cores(tmp_path: Pat
     program = lowered.compile({"xla_dump_to": str(tmp_path)})
     rows = product_kernels(parse_module(program.as_text()), read_ptx(tmp_path))
     int8 = [row for row in rows if row.precision == "int8"]
-    in_attention = 5 if arithmetic == "integer" else 0
-    assert [(row.origin, row.tensor_cores, row.count) for row in int8] == [("Triton", True, 4 + 1 + in_attention)]
+    # Under remat the wide layers are multiplied again, by kernels that share their twins' code; attention's 5 are not.
+    again, in_attention = (2, 5) if remat == "dots" else (0, 0)
+    counts = {(row.origin, row.tensor_cores): row.count for row in int8}
+    assert counts.pop(("Triton", None), 0) == again
+    assert counts == {("Triton", True): 4 + 1 + in_attention}
     tokens, width = 8 * 64, 64
-    assert int8[0].flops == 2.0 * tokens * width * (3 * width + width + 2 * 2 * width + 64 + 64 * in_attention)
+    outputs = 3 * width + width + 2 * 2 * width + 64 + (again and 3 * width + 2 * width) + 64 * in_attention
+    assert sum(row.flops for row in int8) == 2.0 * tokens * width * outputs
     assert {row.origin for row in rows} == {"Triton", "cuDNN"}
     assert ProductKernels("bfloat16", "cuDNN", None, 7, pytest.approx(7 * 2 * 8 * 64**3 * 65 / 128)) in rows
