@@ -1,8 +1,9 @@
 """Causal attention in integer arithmetic by one kernel for GPUs and TPUs, which never stores the scores [T, T].
 
-A program of the kernel computes a block of queries: it goes over the keys up to them three times, and multiplies the
-scores anew each time, int8 times int8. What a pass needs of a row is known after the one before: its largest score;
-the sum of its weights, and the weights' common exponent; then the weights themselves, which multiply the values.
+A program of the kernel computes a block of queries: it goes over the keys up to them three times. What a pass needs of
+a row is known after the one before: its largest score; the sum of its weights, and their common exponent; then the
+weights themselves, which multiply the values. On a TPU a program keeps its rows on the chip from one pass to the next.
+On a GPU there is no room for them: each pass multiplies the scores anew, int8 times int8.
 
 The integers are those of `model.integer.attention`, where "Version 2" of `picogpt_jax/int8/README.md` is spelled out.
 Between the products they stand in float32 here, which holds them exactly: all are within 2^24. A shift is a product
@@ -23,8 +24,7 @@ from jaxtyping import Array, Float, Int, Int8
 from picogpt_jax.config import AttentionForm
 from picogpt_jax.kernels.fused_attention import LANES, on_each_device
 
-# The kernel's name -> its products: the scores three times, the values once; for weights that are bytes, once more.
-PRODUCTS = {"integer_attention": 4, "integer_attention_bytes": 5}
+NAME = "integer_attention_{}x"  # so many products of a block of queries with one of keys or values
 GPU_BLOCK = 64  # positions: the rows of a tensor core's instruction
 SMALLEST_HEAD = 32  # features that a tensor core's int8 instruction multiplies
 LARGEST_HEAD = 512  # features; of more a score could be odd and above 2^23, where float32 has no halves
@@ -65,20 +65,20 @@ def _exponent(x: Array) -> Array:
 
 def _call(*operands: Array, form: AttentionForm, weight_bits: int, interpret: bool) -> Float[Array, "B H T D"]:
     batch, heads, time, size = operands[0].shape
+    from jax.experimental.pallas import tpu, triton
+
     params: Any
     if form == "cudnn":
-        from jax.experimental.pallas import triton
-
         block, features, params = GPU_BLOCK, max(1 << (size - 1).bit_length(), SMALLEST_HEAD), triton.CompilerParams()
     else:
-        from jax.experimental.pallas import tpu
-
         block, features, params = LANES, size, tpu.CompilerParams()
     # Whole blocks, whose last keys no query sees; Triton's arrays are powers of two, and what is added multiplies to 0.
     rest = -time % block
     codes = (jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, features - size))) for x in operands[:3])
     scales = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, rest))) for x in operands[3:])
     length = time + rest
+    rows_of_scores = [tpu.VMEM((block, length), jnp.float32)] if form == "splash" else []
+    products = (1 if rows_of_scores else 3) + (1 if weight_bits < 8 else 2)
     rows = pl.BlockSpec((None, None, block, features), lambda b, h, i: (b, h, i, 0))
     whole = pl.BlockSpec((None, None, length, features), lambda b, h, i: (b, h, 0, 0))
     row_scale = pl.BlockSpec((None, None, 1, block), lambda b, h, i: (b, h, 0, i))
@@ -89,9 +89,10 @@ def _call(*operands: Array, form: AttentionForm, weight_bits: int, interpret: bo
         in_specs=[rows, whole, whole, row_scale, whole_scale, whole_scale],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct((batch, heads, length, features), jnp.float32),
+        scratch_shapes=rows_of_scores,
         compiler_params=params,
         interpret=interpret,
-        name="integer_attention" if weight_bits < 8 else "integer_attention_bytes",
+        name=NAME.format(products),
     )(*codes, *scales)
     return y_BHTD[:, :, :time, :size]
 
@@ -104,6 +105,7 @@ def _kernel(
     k_scale_ref: Any,
     v_scale_ref: Any,
     y_ref: Any,
+    *kept_refs: Any,
     weight_bits: int,
 ) -> None:
     block, size = q_ref.shape
@@ -121,6 +123,14 @@ def _kernel(
         z_NM = jnp.floor(sums_NM * q_scale_N1 * k_scale_ref[:, keys(step)] + 0.5)
         return jnp.where((column_NM <= row_NM) | (step < own), z_NM, UNSEEN)
 
+    def keep(step: Any, x_NM: Array) -> None:
+        for kept_ref in kept_refs:
+            kept_ref[:, keys(step)] = x_NM
+
+    def kept(step: Any, compute: Any) -> Array:
+        """What the pass before has kept, or computed again."""
+        return kept_refs[0][:, keys(step)] if kept_refs else compute(step)
+
     def over_keys(body: Any, *first: Any) -> Any:
         return lax.fori_loop(0, own + 1, body, first)
 
@@ -128,18 +138,21 @@ def _kernel(
         return jnp.full((block, block), value, jnp.float32)
 
     def largest_score(step: Any, carry: Any) -> Any:
-        return (jnp.maximum(carry[0], logarithms(step)),)
+        z_NM = logarithms(step)
+        keep(step, z_NM)
+        return (jnp.maximum(carry[0], z_NM),)
 
     (z_NM,) = over_keys(largest_score, constant(UNSEEN))
     top_z_N1 = z_NM.max(1, keepdims=True)
 
     def exponentials(step: Any) -> Array:
-        d = jnp.minimum(top_z_N1 - logarithms(step), 15 * 256).astype(jnp.int32)
+        d = jnp.minimum(top_z_N1 - kept(step, logarithms), 15 * 256).astype(jnp.int32)
         f = d & 255
         return ((4096 - ((f * (2753 - ((705 * f) >> 8))) >> 8)) >> (d >> 8)).astype(jnp.float32)
 
     def sum_and_largest(step: Any, carry: Any) -> Any:
         p_NM = exponentials(step)
+        keep(step, p_NM)
         return carry[0] + p_NM, jnp.maximum(carry[1], p_NM * v_scale_ref[:, keys(step)])
 
     den_NM, largest_NM = over_keys(sum_and_largest, constant(0), constant(0))
@@ -147,7 +160,7 @@ def _kernel(
     w_scale_N1 = _power(-top_N1)
 
     def weighted(step: Any, carry: Any) -> Any:
-        w_NM = jnp.floor(exponentials(step) * v_scale_ref[:, keys(step)] * w_scale_N1 + 0.5)
+        w_NM = jnp.floor(kept(step, exponentials) * v_scale_ref[:, keys(step)] * w_scale_N1 + 0.5)
         w_NM = jnp.minimum(w_NM, 2**weight_bits - 1).astype(jnp.int32)
         v_MD = v_ref[keys(step), :]
         if weight_bits < 8:

@@ -157,8 +157,8 @@ def _called_products(instruction: Instruction, computation: Computation) -> list
         return [Product(_flops(instruction, computation), _precision(instruction, computation))]
     if instruction.target in CUDNN_PRODUCTS:
         return _cudnn_products(instruction, computation)
-    if kernel_name(instruction) in integer_attention.PRODUCTS:
-        return _integer_attention_products(instruction, computation)
+    if found := re.fullmatch(integer_attention.NAME.format(r"(\d)"), kernel_name(instruction)):
+        return _integer_attention_products(instruction, computation, int(found[1]))
     return _kernel_products(instruction, computation) if instruction.target == "tpu_custom_call" else []
 
 
@@ -168,12 +168,12 @@ def kernel_name(instruction: Instruction) -> str:
     return stated[1] if stated else instruction.name.rstrip(".0123456789")
 
 
-def _integer_attention_products(instruction: Instruction, computation: Computation) -> list[Product]:
+def _integer_attention_products(instruction: Instruction, computation: Computation, count: int) -> list[Product]:
     """By the shape of the queries [.., T, D]; blocks above the diagonal are not computed."""
     *heads, time, head_size = computation.by_name[instruction.operands[0]].result[0].dims
     blocks = time // (integer_attention.GPU_BLOCK if instruction.target == TRITON else LANES)
     flops = 2.0 * math.prod(heads) * time**2 * head_size * (blocks + 1) / (2 * blocks)
-    return [Product(flops, "int8")] * integer_attention.PRODUCTS[kernel_name(instruction)]
+    return [Product(flops, "int8")] * count
 
 
 def _cudnn_products(instruction: Instruction, computation: Computation) -> list[Product]:

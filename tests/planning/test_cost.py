@@ -238,10 +238,10 @@ def test_a_kernel_counts_what_it_states_and_is_named_where_it_states_nothing() -
 @pytest.mark.parametrize(
     ("call", "products", "blocks"),
     [
-        ('%integer_attention.3 = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 4, 4),
-        ('%integer_attention_bytes = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 5, 4),
+        ('%integer_attention_2x.3 = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 2, 4),
+        ('%integer_attention_3x = RESULT custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"', 3, 4),
         ('%pallas_call.3 = RESULT custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", '
-         'backend_config={debug = false, ir = "ML\\EF", name = "integer_attention", num_warps = 4 : i32}', 4, 8),
+         'backend_config={debug = false, ir = "ML\\EF", name = "integer_attention_4x", num_warps = 4 : i32}', 4, 8),
     ],
 )  # fmt: skip
 def test_integer_attention_counts_int8_products_of_the_blocks_that_it_computes(
