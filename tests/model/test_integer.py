@@ -267,8 +267,9 @@ def test_it_trains_in_every_setting(changes: dict[str, Any]) -> None:
 def test_a_training_with_the_kernel_has_the_losses_of_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Pallas' interpreter, each device with its own sequences and heads; gradients differ in their last bits."""
     monkeypatch.setattr(attention, "fused", lambda form, q, k, v: attention.causal(q, k, v))
-    in_kernel = partial(attention.integer_attention.attention, interpret=True)
-    monkeypatch.setattr(attention.integer_attention, "attention", in_kernel)
+    in_kernel, forms = partial(attention.integer_attention.attention, interpret=True), []
+    noted = lambda form, *operands: forms.append(form) or in_kernel(form, *operands)  # noqa: E731
+    monkeypatch.setattr(attention.integer_attention, "attention", noted)
     small = dict(model__dropout=0.0, train__scan_layers=True, train__remat="dots", mesh__data=2, mesh__tensor=2)
     config = tiny_config(quant__arithmetic="integer", **small)
     losses = []
@@ -278,6 +279,7 @@ def test_a_training_with_the_kernel_has_the_losses_of_the_plain_form(monkeypatch
         batches = jax.device_put(BATCHES, batch_sharding(trainer.mesh, 1))
         _, metrics = trainer.steps(trainer.init(), None, batches, "train")
         losses.append(np.asarray(metrics.loss))
+    assert set(forms) == {"cudnn"}
     assert losses[0][0] == losses[1][0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[1][-1] < losses[1][0]
