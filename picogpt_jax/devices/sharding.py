@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from picogpt_jax.config import MeshConfig
@@ -137,31 +137,43 @@ def on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh.size == 1 else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def known_mesh() -> AbstractMesh | None:
+    """The mesh over whose devices the compiler splits what is traced here.
+
+    None outside `on`, and within a function that each device computes for itself (`jax.shard_map`): its arrays are the
+    device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Places dimension i of `x` as logical axis i says; None: not split.
 
-    Nothing happens outside `on`, nor where only the batch is split: what the compiler derives is right then.
+    Nothing happens without a mesh, nor where only the batch is split: what the compiler derives is right then.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+    mesh = known_mesh()
+    if mesh is None or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return x
     return lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def splits(axis: str) -> bool:
     """Whether a logical axis is split where this is traced."""
-    mesh, mesh_axis = jax.sharding.get_abstract_mesh(), RULES[axis]
-    return not mesh.empty and isinstance(mesh_axis, str) and mesh.shape[mesh_axis] > 1
+    mesh, mesh_axis = known_mesh(), RULES[axis]
+    return mesh is not None and isinstance(mesh_axis, str) and mesh.shape[mesh_axis] > 1
 
 
 def splits_weights() -> bool:
     """Whether weights may be split over devices where this is traced; without a mesh they are not."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = known_mesh()
+    if mesh is None:
+        return False
     is_ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
-    return not mesh.empty and not (is_ours and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1)
+    return not (is_ours and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1)
 
 
 def batch_shares() -> int:
     """Over how many devices the batch is split where this is traced; without a mesh over one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    mesh = known_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -149,7 +149,7 @@ def fused(
 
 def on_each_device(kernel: Callable[..., Array], *operands_BH: Array) -> Array:
     """Calls a kernel, which is opaque to the compiler's partitioner: each device for its own sequences and heads."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if sharding.known_mesh() is None:
         return kernel(*operands_BH)
     place = sharding.partition_spec(("batch", "heads", None, None))
     # check_vma: Pallas calls do not say over which mesh axes their results vary.

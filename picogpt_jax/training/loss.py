@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from picogpt_jax.devices.sharding import partition_spec
+from picogpt_jax.devices.sharding import known_mesh, partition_spec
 
 SMALL_VOCABULARY = 8192  # up to here logits are no burden, and the loss is the plain one
 PART_LOGITS = 1 << 28  # of one device at once: 1 GiB in float32
@@ -61,8 +61,8 @@ def log_sum_exp_at_once(logits_BtV: Float[Array, "B t V"]) -> Float[Array, "B t"
 
 def empty_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "B P t V"]:
     """An array to be written, placed as logits are: of `lax.empty` alone, each device would hold the whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = known_mesh()
+    if mesh is None:
         return lax.empty(shape, dtype)
     spec = partition_spec(("batch", None, None, "vocab"))
     share = NamedSharding(mesh, spec).shard_shape(shape)

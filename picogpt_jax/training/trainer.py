@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt16
 
 from picogpt_jax.config import AttentionForm, Config
@@ -107,7 +107,9 @@ class Trainer:
         self.compiler_options = compiler_options(device.platform)
         self.dtype = compute_dtype(config.train.dtype, device.platform)
         self.backward_dtype = backward_dtype(config.train.backward_dtype, self.dtype, device.platform)
-        data, fsdp, _ = self.mesh.devices.shape
+        data, fsdp, tensor = self.mesh.devices.shape
+        # Every device holds all weights and adds up the gradients of its own sequences; else each part's are scattered.
+        self.reduces_once = data > 1 and fsdp == tensor == 1
         self.share = self.micro_batch // (data * fsdp)  # sequences of a device
         self.parts = config.train.gradient_accumulation_steps
         # Over several processes too, which compute the same bits as one. Int8 gradients are rounded apart in a part.
@@ -221,29 +223,53 @@ class Trainer:
         # Of the second, quantized here and not in each part, there is no gradient.
         both = (weights, None), (weights, apply(weights, method="head_table"))
         head = lambda weights, x_BtC: apply(weights[0], x_BtC, weights[1], method="head")  # noqa: E731
-        data, fsdp, tensor = self.mesh.devices.shape
-        parts = time_parts(targets_BT.shape[0] // (data * fsdp), targets_BT.shape[1], vocabulary // tensor)
+        sequences = targets_BT.shape[0] // sharding.batch_shares()
+        parts = time_parts(sequences, targets_BT.shape[1], vocabulary // self.mesh.shape["tensor"])
         return mean_loss(head, *both, result, targets_BT, scale, parts, self.dtype)
 
     def _gradients(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[Float[Array, ""], Any]:
         """Mean loss and gradient of a batch, computed in `self.parts` parts, one after another."""
         seed = fold(jnp.uint32(self.config.train.seed), state.step.astype(jnp.uint32))
-        rows = tokens_BT1.shape[0] // self.parts
-
-        def part(index: Int[Array, ""], tokens: Int[Array, "b T1"]) -> tuple[Float[Array, ""], Any]:
-            key = DropoutKey(seed=seed, row=(index * rows).astype(jnp.uint32))
-            return jax.value_and_grad(self._loss)(state.params, tokens, key, mode, state.loss_scale)
-
-        if self.parts == 1:
-            loss, gradients = part(jnp.int32(0), tokens_BT1)
-        else:
-            split = tokens_BT1.reshape(self.parts, rows, -1)
-            split = lax.with_sharding_constraint(split, sharding.batch_sharding(self.mesh, 1))
-            zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-            add = lambda total, item: (jax.tree.map(jnp.add, total, part(*item)), None)  # noqa: E731
-            (loss, gradients), _ = lax.scan(add, zero, (jnp.arange(self.parts), split))
+        place = sharding.batch_sharding(self.mesh, int(self.parts > 1))
+        tokens = tokens_BT1
+        if self.parts > 1:
+            tokens = lax.with_sharding_constraint(tokens.reshape(self.parts, -1, tokens.shape[1]), place)
+        summed: Any = functools.partial(self._summed, mode)
+        scale = state.loss_scale
+        if self.reduces_once:
+            scale = scale / self.mesh.size  # the mean over the devices
+            whole = PartitionSpec()
+            summed = jax.shard_map(
+                lambda *operands: lax.psum(self._summed(mode, *operands), sharding.BATCH_AXES),
+                in_specs=(whole, whole, whole, place.spec),
+                out_specs=whole,
+                check_vma=False,  # else `jax.grad` would reduce each gradient where it is computed
+            )
+        loss, gradients = summed(state.params, seed, scale, tokens)
         factor = 1.0 / (self.parts * state.loss_scale)
         return loss * factor, jax.tree.map(lambda gradient: gradient * factor, gradients)
+
+    def _summed(
+        self, mode: Mode, params: Any, seed: Array, scale: Float[Array, ""], tokens: Int[Array, "... b T1"]
+    ) -> tuple[Float[Array, ""], Any]:
+        """`scale` times the mean loss of each part and its gradient, added up over the parts.
+
+        Args:
+            tokens: [b, T1], or [P, b, T1] in parts; a device's own where `self.reduces_once`.
+        """
+        rows = tokens.shape[-2]
+
+        def part(index: Int[Array, ""], tokens_bT1: Int[Array, "b T1"]) -> tuple[Float[Array, ""], Any]:
+            if self.reduces_once:
+                index = index * self.mesh.size + lax.axis_index(sharding.BATCH_AXES)
+            key = DropoutKey(seed=seed, row=(index * rows).astype(jnp.uint32))
+            return jax.value_and_grad(self._loss)(params, tokens_bT1, key, mode, scale)
+
+        if self.parts == 1:
+            return part(jnp.int32(0), tokens)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        add = lambda total, item: (jax.tree.map(jnp.add, total, part(*item)), None)  # noqa: E731
+        return lax.scan(add, zero, (jnp.arange(self.parts), tokens))[0]
 
     def _step(self, state: TrainState, tokens_BT1: Int[Array, "B T1"], mode: Mode) -> tuple[TrainState, StepMetrics]:
         loss, gradients = self._gradients(state, tokens_BT1, mode)
