@@ -262,15 +262,17 @@ def _kernel_products(instruction: Instruction, computation: Computation) -> list
 def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str, str], Collective]:
     """Collectives that an instruction is, or that are fused into it.
 
-    One whose parts are spread over several instructions (started, fused with a product, finished) has the same channel
-    in all of them: it is the key, with the computation, so that it counts once.
+    The key is the computation and the name; of one that is fused, the channel: its parts can be spread over several
+    fusions (started, fused with a product, finished), which have it in common, so that it counts once. The channel says
+    nothing of others: sums that a program asks for by name (`lax.psum`) all have the same.
     """
     found = {}
     for instruction, computation in [(item.instruction, item.computation), *module.inside(item.instruction)]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        channel = instruction.attribute("channel_id") or instruction.name
+        is_fused = instruction is not item.instruction
+        key = (is_fused and instruction.attribute("channel_id")) or instruction.name
         groups = _groups(instruction, devices)
         operands = [array for name in instruction.operands for array in computation.by_name[name].result]
         n_bytes = sum(array.n_bytes for array in operands) * (len(groups[0]) if kind == "all-gather" else 1)
@@ -287,7 +289,7 @@ def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str
         dtype = max(operands, key=lambda array: array.n_bytes).dtype
         name = re.search(r'op_name="([^"]*)"', item.instruction.attributes + instruction.attributes)
         source = name[1] if name else ""
-        found[item.computation.name, channel] = Collective(kind, n_bytes, dtype, groups, overlapped, item.times, source)
+        found[item.computation.name, key] = Collective(kind, n_bytes, dtype, groups, overlapped, item.times, source)
     return found
 
 

@@ -106,6 +106,18 @@ def test_a_collective_spread_over_fusions_counts_once() -> None:
     assert (found.kind, found.n_bytes, found.overlapped) == ("all-gather", 64 * 8, True)
 
 
+def test_collectives_that_share_a_channel_all_count() -> None:
+    found = cost("""
+    ENTRY %main (a: f32[64,8], b: f32[100]) -> f32[64,8] {
+      %a = f32[64,8] parameter(0)
+      %b = f32[100] parameter(1)
+      %psum.1 = f32[100] all-reduce(%b), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+      ROOT %psum.2 = f32[64,8] all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+    }
+    """).collectives
+    assert [collective.n_bytes for collective in found] == [4 * 100, 4 * 64 * 8]
+
+
 def test_an_all_reduce_of_several_arrays_and_one_fused_with_a_slice() -> None:
     reduced, scattered = cost("""
     %add (x: f32[], y: f32[]) -> f32[] {
