@@ -101,7 +101,15 @@ def test_split_weights_take_the_plain_product(
     assert ("int8_dot" in str(jaxpr)) == (fsdp == tensor == 1)
 
 
-def test_within_another_mesh_it_is_the_plain_product(wants_unsigned: bool) -> None:
+def test_within_another_mesh_it_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_product, "wants_unsigned_int8", lambda: True)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jaxpr = jax.make_jaxpr(lambda a, b: int8_dot_general(a, b, ROWS_TIMES_MATRIX))(codes(8, 48), codes(48, 24))
+    assert "int8_dot" not in str(jaxpr)
+
+
+def test_a_device_that_computes_for_itself_takes_its_fast_kernel(wants_unsigned: bool) -> None:
     a, b = codes(8, 48), codes(48, 24)
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     split = jax.shard_map(
@@ -111,6 +119,7 @@ def test_within_another_mesh_it_is_the_plain_product(wants_unsigned: bool) -> No
         out_specs=PartitionSpec("rows"),
     )
     np.testing.assert_array_equal(split(a, b), a.astype(jnp.int32) @ b.astype(jnp.int32))
+    assert ("int8_dot" in str(jax.make_jaxpr(split)(a, b))) == wants_unsigned
 
 
 def test_accelerators_get_the_plain_product(wants_unsigned: bool) -> None:

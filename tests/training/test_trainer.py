@@ -1,5 +1,7 @@
 import collections
 import dataclasses
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +58,7 @@ def initial(trainer: Trainer, **changes: int | float) -> TrainState:
         (4, dict(mesh__data=-1)),
         (4, dict(mesh__fsdp=2, mesh__tensor=2)),
         (1, dict(train__gradient_accumulation_steps=4)),
+        (4, dict(mesh__data=4, train__gradient_accumulation_steps=2)),
     ],
 )
 def test_neither_devices_nor_accumulation_change_the_losses(
@@ -88,6 +91,32 @@ def test_int8_gradients_train(on_one_device: Steps) -> None:
     assert np.any(steps.losses != on_one_device.losses)
     loss = steps.trainer.evaluator("train").loss(steps.state.params, TRAIN_BIN)
     assert np.isfinite(loss), "evaluation rounds no gradients"
+
+
+REDUCTION = re.compile(r"= (\S.*) (?:all-reduce|reduce-scatter)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("backward_bits", [None, 8])
+def test_gradients_are_reduced_once_a_step(backward_bits: int | None) -> None:
+    """After the loop over the parts of the batch, as float32; and so is the loss. Nothing else is reduced."""
+    changes: dict[str, Any] = dict(mesh__data=4, train__gradient_accumulation_steps=2)
+    trainer = Trainer(tiny_config(quant__backward_bits=backward_bits, **changes), jax.devices()[:4])
+    assert trainer.parts == 2
+    program = step_text(trainer, 1)
+    after_the_loop = program[program.index("\nENTRY ") :]
+    assert len(REDUCTION.findall(program)) == len(REDUCTION.findall(after_the_loop))
+    reduced = re.findall(r"(\w+)\[([\d,]*)\]", " ".join(REDUCTION.findall(program)))
+    assert {dtype for dtype, _ in reduced} == {"f32"}
+    sizes = [leaf.size for leaf in jax.tree.leaves(trainer.abstract_state.params)]
+    assert sorted(math.prod(map(int, filter(None, dims.split(",")))) for _, dims in reduced) == sorted([1, *sizes])
+
+
+def test_int8_gradients_are_added_up_as_floats_where_weights_are_split(on_one_device: Steps) -> None:
+    steps = Steps.take(tiny_config(quant__backward_bits=8, mesh__data=2, mesh__fsdp=2), n_devices=4)
+    np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.02)
+    reductions = " ".join(REDUCTION.findall(step_text(steps.trainer)))
+    assert "f32[" in reductions
+    assert "s32[" not in reductions
 
 
 def test_bfloat16_trains_like_float32(on_one_device: Steps) -> None:
@@ -239,14 +268,14 @@ def test_a_batch_in_parts_for_the_cache_is_the_batch(on_one_device: Steps, monke
 
 def test_long_sums_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums of a step are split in two where a parameter is long, so that its norm's terms are not lost."""
-    assert "reduce-window" not in step_text()
+    assert "reduce-window" not in step_text(Trainer(tiny_config()))
     monkeypatch.setattr(setup, "SHORT_SUM", 100)
-    assert "reduce-window" in step_text()
+    assert "reduce-window" in step_text(Trainer(tiny_config()))
 
 
-def step_text() -> str:
-    trainer = Trainer(tiny_config())
-    return trainer.steps.lower(trainer.abstract_state, None, placed(trainer), "train").compile().as_text()
+def step_text(trainer: Trainer, steps: int = 4) -> str:
+    """The compiled program; a single step is no loop."""
+    return trainer.steps.lower(trainer.abstract_state, None, placed(trainer, steps), "train").compile().as_text()
 
 
 def test_quantization_starts_at_its_step() -> None:
