@@ -167,8 +167,8 @@ def _dot(
 ) -> Array:
     """int8 x int8 -> int32, or float32 activations times int8 codes (weight-only)."""
     if lhs.dtype == rhs.dtype == jnp.int8:
-        contracted, batch = (tuple(map(tuple, dims)) for dims in dimension_numbers)  # AQT may give lists
-        return int8_dot_general(lhs, rhs, (contracted, batch))
+        (left, right), (left_batch, right_batch) = (map(tuple, dims) for dims in dimension_numbers)
+        return int8_dot_general(lhs, rhs, ((left, right), (left_batch, right_batch)))
     rhs = rhs.astype(lhs.dtype)
     return lax.dot_general(
         lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type
