@@ -3,7 +3,8 @@
 The model names logical axes only. `data` and `fsdp` split the batch. `fsdp` also splits the parameters along the width,
 `tensor` along heads, hidden units and vocabulary. The compiler knows where parameters and batches lie and derives the
 rest; `constrain` tells it where it would guess wrong. With `fsdp` each weight is gathered for its product (in QAT, its
-int8 codes); activations are not.
+int8 codes); activations are not. A step that adds up the gradients of several parts of its batch on each device
+(`training.trainer`) is computed by the devices themselves: the model finds no mesh there.
 """
 
 import contextlib

@@ -108,13 +108,14 @@ class Trainer:
         self.dtype = compute_dtype(config.train.dtype, device.platform)
         self.backward_dtype = backward_dtype(config.train.backward_dtype, self.dtype, device.platform)
         data, fsdp, tensor = self.mesh.devices.shape
-        # Every device holds all weights and adds up the gradients of its own sequences; else each part's are scattered.
-        self.reduces_once = data > 1 and fsdp == tensor == 1
         self.share = self.micro_batch // (data * fsdp)  # sequences of a device
         self.parts = config.train.gradient_accumulation_steps
         # Over several processes too, which compute the same bits as one. Int8 gradients are rounded apart in a part.
         if device.platform == "cpu" and not config.quant.backward_bits:
             self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
+        # Each device adds up the gradients of its own sequences, if it holds all weights: else those of each part move.
+        # Those of a single part the compiler reduces layer by layer, beside the rest of the backward pass.
+        self.reduces_once = self.parts > 1 and data > 1 and fsdp == tensor == 1
         self.attention = self._attention(device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
