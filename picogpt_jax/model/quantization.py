@@ -43,7 +43,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from picogpt_jax.config import Granularity
-from picogpt_jax.devices.sharding import batch_shares
 from picogpt_jax.kernels import products
 from picogpt_jax.kernels.int8_product import int8_dot_general
 from picogpt_jax.model.numerics import Numerics
@@ -155,9 +154,6 @@ def _aqt_config(numerics: Numerics) -> aqt_dot_general.DotGeneral:
             dot.dot_general = product
             for side in (dot.dg_quantizer.lhs, dot.dg_quantizer.rhs):
                 side.numerics = aqt_numerics.get_numerics(8, preserve_max_val=True)
-        if batch_shares() > 1:
-            # Each device's tokens have scales of their own, and what is added up over devices is float32.
-            aqt.drhs.local_aqt = aqt_dot_general.LocalAqt(contraction_axis_shard_count=batch_shares())
         aqt_config.set_stochastic_rounding(aqt, True, True, implementation="jax.uniform")
     return aqt
 
@@ -167,8 +163,7 @@ def _dot(
 ) -> Array:
     """int8 x int8 -> int32, or float32 activations times int8 codes (weight-only)."""
     if lhs.dtype == rhs.dtype == jnp.int8:
-        (left, right), (left_batch, right_batch) = (map(tuple, dims) for dims in dimension_numbers)
-        return int8_dot_general(lhs, rhs, ((left, right), (left_batch, right_batch)))
+        return int8_dot_general(lhs, rhs, dimension_numbers)
     rhs = rhs.astype(lhs.dtype)
     return lax.dot_general(
         lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type

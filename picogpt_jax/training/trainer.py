@@ -114,8 +114,10 @@ class Trainer:
         if device.platform == "cpu" and not config.quant.backward_bits:
             self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
         # Each device adds up the gradients of its own sequences, if it holds all weights: else those of each part move.
-        # Those of a single part the compiler reduces layer by layer, beside the rest of the backward pass.
-        self.reduces_once = self.parts > 1 and data > 1 and fsdp == tensor == 1
+        # Float ones of a single part the compiler reduces layer by layer, beside the rest of the backward pass; int8
+        # ones it would reduce as int32.
+        adds_up = self.parts > 1 or config.quant.backward_bits is not None
+        self.reduces_once = adds_up and data > 1 and fsdp == tensor == 1
         self.attention = self._attention(device)
         self.abstract_state = self._abstract_state()
         # (state, corpus or None, batches [K, ...], mode) -> (state, metrics [K]): K steps in one dispatch
