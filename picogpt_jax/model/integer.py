@@ -51,8 +51,11 @@ carry.defvjp(
 
 
 def written(x: Array) -> Array:
-    """`x`, computed once: else the compiler computes it anew in each of the loops that read it."""
-    return lax.optimization_barrier(x)
+    """`x`, on a CPU computed once: else the compiler computes it anew in each of the loops that read it.
+
+    GPUs and TPUs rather compute it again from the int32 sums than read and write it in memory.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def power(exponent: Int[Array, "..."]) -> Float[Array, "..."]:

@@ -132,6 +132,10 @@ class Trainer:
         shape = (self.share, heads, model.block_size, model.head_size)
 
         def measure(form: AttentionForm) -> float:
+            numerics = Numerics(self.config.quant, "train", self.dtype, self.backward_dtype, form)
+            if numerics.is_integer:
+                attend = lambda q, k, v: attention.integer_attend(numerics, model, q, k, v, None, None)[0]  # noqa: E731
+                return fused_attention.seconds(attend, shape, jnp.dtype("float32"))
             attend = attention.causal if form == "plain" else functools.partial(fused_attention.fused, form)
             return fused_attention.seconds(attend, shape, self.dtype)
 

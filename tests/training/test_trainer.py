@@ -270,6 +270,26 @@ def step_text(trainer: Trainer, steps: int = 4) -> str:
     return trainer.steps.lower(trainer.abstract_state, None, placed(trainer, steps), "train").compile().as_text()
 
 
+@pytest.mark.parametrize("arithmetic", ["mixed", "integer"])
+def test_forms_of_attention_are_measured_as_they_are_computed(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In integer arithmetic a little more or less in the queries is rounded away."""
+    measured = []
+
+    def seconds(attend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> float:
+        q, k, v = jax.random.normal(jax.random.key(0), (3, *shape), dtype)
+        measured.append(jax.jit(attend)(q, k, v) == jax.jit(attend)(q * (1 + 2.0**-20), k, v))
+        return 0.0
+
+    def choose(*others: Any) -> str:
+        others[-1]("plain")
+        return "plain"
+
+    monkeypatch.setattr(trainer_module.fused_attention, "seconds", seconds)
+    monkeypatch.setattr(trainer_module.fused_attention, "choose", choose)
+    Trainer(tiny_config(quant__arithmetic=arithmetic), jax.devices()[:1])
+    assert (np.mean(measured[0]) > 0.9) == (arithmetic == "integer")
+
+
 def test_quantization_starts_at_its_step() -> None:
     trainer = Trainer(tiny_config(quant__start_step=3))
     assert [trainer.mode_at(step) for step in (0, 2, 3, 4)] == ["float", "float", "train", "train"]
