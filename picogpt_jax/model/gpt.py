@@ -81,16 +81,30 @@ class LayerNorm(nn.Module):
         return y
 
 
-def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int) -> tuple[Float[Array, "B H T D"], ...]:
+def split_heads(qkv: Float[Array, "B T *qkv"], n_head: int, numerics: Numerics) -> tuple[Float[Array, "B H T D"], ...]:
     """q, k and v of each head, from [B, T, 3 C]; or from [B, T, 3, C], whose heads are split over devices."""
     batch, time = qkv.shape[:2]
-    qkv_3BHTD = qkv.reshape(batch, time, 3, n_head, -1).transpose(2, 0, 3, 1, 4)
-    return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
+
+    def at_once(qkv: Float[Array, "B T *qkv"]) -> tuple[Array, ...]:
+        qkv_3BHTD = qkv.reshape(batch, time, 3, n_head, -1).transpose(2, 0, 3, 1, 4)
+        return qkv_3BHTD[0], qkv_3BHTD[1], qkv_3BHTD[2]
+
+    def apart(qkv: Float[Array, "B T qkv"]) -> tuple[Array, ...]:
+        parts = jnp.split(qkv, 3, -1)
+        return tuple(part.reshape(batch, time, n_head, -1).transpose(0, 2, 1, 3) for part in parts)
+
+    if qkv.ndim > 3 or numerics.dtype != jnp.bfloat16:
+        return at_once(qkv)
+    # The TPU compiler moves each part once then, and all three together three times; the one for GPUs is better so.
+    return tuple(lax.platform_dependent(qkv, tpu=apart, default=at_once))
 
 
-def written_as_matrix(y: Float[Array, "B T *O"]) -> Float[Array, "B T *O"]:
-    """`y`, in memory. The TPU compiler else scales int8 products after it has moved them by heads, in float32."""
-    return lax.optimization_barrier(y.reshape(-1, *y.shape[2:])).reshape(y.shape)
+def written_as_matrix(y: Float[Array, "B T *O"], numerics: Numerics) -> Float[Array, "B T *O"]:
+    """`y`, which a TPU in QAT writes as it is: else its compiler keeps int8 products in float32 and copies those."""
+    if numerics.mode != "train" or y.dtype != jnp.bfloat16:
+        return y
+    written = lambda y: lax.optimization_barrier(y.reshape(-1, *y.shape[2:])).reshape(y.shape)  # noqa: E731
+    return lax.platform_dependent(y, tpu=written, default=lambda y: y)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -123,10 +137,8 @@ class Attention(nn.Module):
         batch, time, width = x_BTC.shape
         factor, bits = attention.query_factor(config.head_size), integer.HEAD_BITS
         c_attn = functools.partial(Dense, parts=3, output_bits=bits, first_factor=factor, name="c_attn")
-        qkv = c_attn(3 * width, ("embed", "qkv"), numerics, config.bias)(x_BTC)
-        if numerics.mode == "train" and qkv.dtype == jnp.bfloat16:
-            qkv = lax.platform_dependent(qkv, tpu=written_as_matrix, default=lambda qkv: qkv)
-        heads = split_heads(qkv, config.n_head)
+        qkv = written_as_matrix(c_attn(3 * width, ("embed", "qkv"), numerics, config.bias)(x_BTC), numerics)
+        heads = split_heads(qkv, config.n_head, numerics)
         q_BHTD, k_BHTD, v_BHTD = (constrain(part_BHTD, "batch", "heads", None, None) for part_BHTD in heads)
         if last_only:
             q_BHTD, time = q_BHTD[:, :, -1:], 1
@@ -166,7 +178,7 @@ class MLP(nn.Module):
         config, numerics = self.config, self.numerics
         bits = integer.HIDDEN_BITS[config.activation]
         h_BTF = Dense(config.n_hidden, ("embed", "mlp"), numerics, config.bias, output_bits=bits, name="c_fc")(x_BTC)
-        h_BTF = constrain(h_BTF, "batch", None, "mlp")
+        h_BTF = constrain(written_as_matrix(h_BTF, numerics), "batch", None, "mlp")
         y_BTF = ACTIVATIONS[config.activation](h_BTF)
         if numerics.is_integer:
             y_BTF = integer.carry(integer.ACTIVATIONS[config.activation](h_BTF), y_BTF)
