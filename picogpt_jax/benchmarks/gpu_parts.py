@@ -44,6 +44,7 @@ from picogpt_jax.text.vocabulary import Vocabulary
 ROUNDS, LEAST_ROUNDS, ROUND_SECONDS = 7, 3, 10.0  # turns of the steps; no more than the least once so long has passed
 TOP_KERNELS = 12  # of a trace
 WINDOWS = 16  # of the validation text whose logits are compared
+KERNEL = "training by the attention kernel"
 # Of logits: another size of model, the windows [B, T].
 SIZES: tuple[tuple[dict[str, Any], tuple[int, int]], ...] = (
     ({}, (1, 1)),
@@ -65,7 +66,7 @@ def device() -> dict[str, Any]:
 
 
 def logits(config: ModelConfig, one: jax.Device, other: jax.Device) -> list[dict[str, Any]]:
-    """Compares the logits of random models in integers on two devices: of serving, and of training.
+    """Compares the logits of random models in integers on two devices: of serving, of training, and by the kernel.
 
     Training in float32 is compared for the first of `SIZES` alone: each forward pass is compiled twice.
     """
@@ -78,8 +79,10 @@ def logits(config: ModelConfig, one: jax.Device, other: jax.Device) -> list[dict
         quant = dataclasses.replace(FLOAT, mode="int8", arithmetic="integer")
         forwards = {"serving": served}
         for dtype in ("bfloat16",) if rows else ("float32", "bfloat16"):
-            gpt = GPT(model, Numerics(quant, "train", jnp.dtype(dtype)))
-            forwards[f"training in {dtype}"] = gpt, {"params": params_from_arrays(model, arrays)}
+            numerics = Numerics(quant, "train", jnp.dtype(dtype))
+            params = {"params": params_from_arrays(model, arrays)}
+            forwards[f"training in {dtype}"] = GPT(model, numerics), params
+        forwards[KERNEL] = GPT(model, dataclasses.replace(numerics, attention="cudnn")), params
         ids_BT = np.random.default_rng(0).integers(0, model.vocab_size, shape)
         for name, (gpt, variables) in forwards.items():
             rows.append(compare(gpt, variables, ids_BT, one, other) | {"forward": name})
@@ -129,7 +132,12 @@ def compare(
 def on_device(
     model: GPT, variables: Any, ids_BT: npt.NDArray[np.integer], place: jax.Device
 ) -> npt.NDArray[np.float32]:
-    """Logits, float32 [B, T, V], computed by one device: where the arguments are committed to."""
+    """Logits, float32 [B, T, V], computed by one device: where the arguments are committed to.
+
+    A CPU computes what is asked of the attention kernel by the plain form.
+    """
+    if place.platform == "cpu":
+        model = model.clone(numerics=dataclasses.replace(model.numerics, attention="plain"))
     forward = jax.jit(model.apply, compiler_options=compiler_options(place.platform))
     return np.asarray(forward(*jax.device_put((variables, ids_BT.astype(np.int32)), place)).astype(jnp.float32))
 
