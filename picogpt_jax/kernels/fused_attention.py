@@ -29,6 +29,7 @@ from picogpt_jax.devices.setup import compiler_options
 from picogpt_jax.errors import UserError
 
 LANES = 128  # of a TPU: a block of the kernel is a multiple of them
+LARGEST_HEAD = 512  # features, in integers: of more a score could be odd and above 2^23, where float32 has no halves
 MAX_BLOCK = 512  # positions in a block of the kernel
 WARM_UP_CALLS, TIMED_CALLS = 3, 10
 MARGIN = 1.05  # a kernel may be so much slower than the plain form, which stores the scores, and is still taken
@@ -115,6 +116,8 @@ def why_not(form: AttentionForm, config: ModelConfig, dtype: jnp.dtype, device: 
         return f"it has no dropout, and model.dropout={config.dropout}"
     if form == "splash" and config.block_size % LANES:
         return f"model.block_size={config.block_size} is not a multiple of {LANES}"
+    if config.head_size > LARGEST_HEAD:
+        return f"the head size n_embd / n_head = {config.head_size} is above {LARGEST_HEAD}"
     if form == "cudnn" and dtype == jnp.float32:
         return "it computes in half precision, and train.dtype is float32"
     if form == "cudnn" and (config.head_size % 8 or config.head_size > 128):

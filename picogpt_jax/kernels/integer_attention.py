@@ -6,8 +6,8 @@ weights themselves, which multiply the values. On a TPU a program keeps its rows
 On a GPU there is no room for them: each pass multiplies the scores anew, int8 times int8.
 
 The integers are those of `model.integer.attention`, where "Version 2" of `picogpt_jax/int8/README.md` is spelled out.
-Between the products they stand in float32 here, which holds them exactly: all are within 2^24. A shift is a product
-with a power of two and a floor, and the length of a number in bits is its exponent.
+Between the products they stand in float32 here, which holds them exactly: all that count are within 2^24. A shift is
+a product with a power of two and a floor, and the length of a number in bits is its exponent.
 
 Shapes: B batch, H heads, T time, D head size; N queries of a program, M keys of a step.
 """
@@ -27,8 +27,7 @@ from picogpt_jax.kernels.fused_attention import LANES, on_each_device
 NAME = "integer_attention_{}x"  # so many products of a block of queries with one of keys or values
 GPU_BLOCK = 64  # positions: the rows of a tensor core's instruction
 SMALLEST_HEAD = 32  # features that a tensor core's int8 instruction multiplies
-LARGEST_HEAD = 512  # features; of more a score could be odd and above 2^23, where float32 has no halves
-UNSEEN = -(2.0**25)  # below every score
+UNSEEN = -(2.0**25)  # below every score, by more than the largest difference that counts
 
 Operand = tuple[Int8[Array, "B H T D"], Int[Array, "B H T 1"]]
 
@@ -40,7 +39,7 @@ def attention(
 
     Args:
         form: "cudnn": a kernel for a GPU; "splash": for a TPU.
-        q, k, v: codes and exponents, of heads up to LARGEST_HEAD.
+        q, k, v: codes and exponents, of heads up to `fused_attention.LARGEST_HEAD`.
         weight_bits: of an attention weight.
         interpret: compute the kernel by an interpreter, on any device (for tests).
     """
@@ -72,7 +71,7 @@ def _call(*operands: Array, form: AttentionForm, weight_bits: int, interpret: bo
         block, features, params = GPU_BLOCK, max(1 << (size - 1).bit_length(), SMALLEST_HEAD), triton.CompilerParams()
     else:
         block, features, params = LANES, size, tpu.CompilerParams()
-    # Whole blocks, whose last keys no query sees; Triton's arrays are powers of two, and what is added multiplies to 0.
+    # Whole blocks: of what is added, no query sees the keys, and the rows are cut off. Triton wants powers of two.
     rest = -time % block
     codes = (jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, features - size))) for x in operands[:3])
     scales = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, rest))) for x in operands[3:])

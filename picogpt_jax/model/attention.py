@@ -82,8 +82,7 @@ def integer_attend(
         first = first + length
     keep = None if drop is None else drop(jnp.ones((*q_BHtD.shape[:3], k_BHTD.shape[2]))) > 0.0
     is_trained = numerics.mode != "serve" and past is None and not first
-    is_small = config.head_size <= integer_attention.LARGEST_HEAD
-    if is_trained and keep is None and is_small and numerics.attention != "plain":
+    if is_trained and keep is None and numerics.attention != "plain":
         y_BHtD = integer_attention.attention(numerics.attention, q, k, v, integer.weight_bits(config.block_size))
         to_natural = math.log(2.0) * math.sqrt(config.head_size)
         q_BHtD, k_BHTD, v_BHTD = (x.astype(numerics.dtype) for x in (q_BHtD * to_natural, k_BHTD, v_BHTD))
@@ -164,9 +163,10 @@ def causal_scores(
         jnp.int32, (queries, time), 0
     )
     lowest = jnp.asarray(jnp.finfo(scores_BHtT.dtype).min, scores_BHtT.dtype)
-    if q_BHtD.dtype == jnp.bfloat16:
+    if q_BHtD.dtype != jnp.float32:
         # Made to depend on the queries: else both are the same in each layer, and lie in memory as [B, H, t, T].
-        visible_tT, lowest, _ = lax.optimization_barrier((visible_tT, lowest, q_BHtD[:, :1, :1, :1]))
+        made = lax.stop_gradient((visible_tT, lowest, q_BHtD[:, :1, :1, :1]))
+        visible_tT, lowest, _ = lax.optimization_barrier(made)
     return jnp.where(visible_tT[None, None], scores_BHtT, lowest)
 
 

@@ -304,7 +304,7 @@ class GPT(nn.Module):
         return logits_BTV, KVCache(tuple(map(place, updates)), first + jnp.int32(time))
 
     def head(self, x_BTC: Float[Array, "B T C"], table: Table | None = None) -> Float[Array, "B T V"]:
-        """float32 logits, of `wte` alone among the parameters. With a `head_table` they are for no gradient."""
+        """float32 logits, of `wte` alone among the parameters; those of a `head_table` have no gradient at it."""
         return constrain(self.wte.attend(x_BTC, table).astype(jnp.float32), "batch", None, "vocab")
 
     def head_table(self) -> Table:

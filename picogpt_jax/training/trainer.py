@@ -110,10 +110,10 @@ class Trainer:
         data, fsdp, tensor = self.mesh.devices.shape
         self.share = self.micro_batch // (data * fsdp)  # sequences of a device
         self.parts = config.train.gradient_accumulation_steps
-        # Over several processes too, which compute the same bits as one. Int8 gradients are rounded apart in a part.
+        # Over several processes too, which compute the same bits as one. Int8 gradients have other scales in each part.
         if device.platform == "cpu" and not config.quant.backward_bits:
             self.parts *= cache_parts(self.share, config.model.block_size, config.model.n_embd)
-        # Each device adds up the gradients of its own sequences, if it holds all weights: else those of each part move.
+        # Each device adds up the gradients of its own sequences, if it holds all weights: else each part's must move.
         # Float ones of a single part the compiler reduces layer by layer, beside the rest of the backward pass; int8
         # ones it would reduce as int32.
         adds_up = self.parts > 1 or config.quant.backward_bits is not None

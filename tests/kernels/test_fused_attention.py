@@ -181,6 +181,7 @@ def test_the_first_process_measures_for_all(tmp_path: Path) -> None:
         ("splash", H100, {}, r"splash: it runs on a TPU, the devices are NVIDIA H100"),
         ("splash", TPU, dict(model__dropout=0.1), r"it has no dropout, and model\.dropout=0\.1"),
         ("splash", TPU, dict(model__block_size=192), r"model\.block_size=192 is not a multiple of 128"),
+        ("splash", TPU, dict(model__n_embd=2048, model__n_head=2), r"head size n_embd / n_head = 1024 is above 512"),
         ("cudnn", H100, dict(dtype="float32"), r"computes in half precision, and train\.dtype is float32"),
         ("cudnn", H100, dict(model__n_embd=20), r"head size n_embd / n_head = 10 is not a multiple of 8 up to 128"),
         ("cudnn", V100, {}, r"needs compute capability 8\.0, and Tesla V100 has 7\.0"),

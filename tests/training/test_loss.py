@@ -105,6 +105,7 @@ def gradients(monkeypatch: pytest.MonkeyPatch, is_small: bool, n_devices: int, *
             2e-2,
             dict(quant__mode="none", train__dtype="bfloat16", mesh__data=2, train__gradient_accumulation_steps=2),
         ),
+        (2, 2e-2, dict(quant__mode="none", train__dtype="bfloat16", mesh__data=2)),
         (1, 5e-2, dict(quant__backward_bits=8, train__dtype="float16")),
     ],
 )
