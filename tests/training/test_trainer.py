@@ -84,9 +84,10 @@ def test_every_step_has_masks_of_its_own(on_one_device: Steps) -> None:
     assert abs(float(metrics.loss[0]) - on_one_device.losses[0]) > 1e-4
 
 
-def test_int8_gradients_train(on_one_device: Steps) -> None:
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_int8_gradients_train(n_devices: int, on_one_device: Steps) -> None:
     """backward_bits=8, with losses close to those of float gradients, and other ones."""
-    steps = Steps.take(tiny_config(quant__backward_bits=8))
+    steps = Steps.take(tiny_config(quant__backward_bits=8, mesh__data=n_devices), n_devices)
     np.testing.assert_allclose(steps.losses, on_one_device.losses, rtol=0.02)
     assert np.any(steps.losses != on_one_device.losses)
     loss = steps.trainer.evaluator("train").loss(steps.state.params, TRAIN_BIN)
