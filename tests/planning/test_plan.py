@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, RunScript
 from tiny import tiny_config
 
+from picogpt_jax.devices import setup
 from picogpt_jax.devices.chips import chip_of
 from picogpt_jax.errors import UserError
 from picogpt_jax.planning import plan
@@ -74,14 +75,21 @@ def test_parameters_are_split_and_gathered_as_int8(small: dict[str, Any]) -> Non
     assert 0 < norms < 8192, "half a chip, but LayerNorms are on every one"
 
 
-def test_the_rings_of_sixteen_chips_turn_as_often_as_they_do() -> None:
-    """Over 16 chips in a row the compiler makes loops of products and transfers, unrolled by two."""
+@pytest.mark.parametrize("rings", [False, True])
+def test_sixteen_chips_in_a_row_gather_weights_before_they_multiply(
+    rings: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself, the compiler makes loops of products and transfers, unrolled by two: they are counted as well."""
+    if rings:
+        monkeypatch.setattr(setup, "TPU_OPTIONS", {})
     config = tiny_config(
         **dict(model__n_layer=1, model__n_embd=256, model__block_size=128, model__vocab_size=256, model__dropout=0.0),
         **dict(train__batch_size=64, train__dtype="bfloat16", mesh__data=1, mesh__fsdp=16),
     )
     found = plan.make_plan(config, "v5e:4x4", quick=True)
-    assert found["collectives"]["collective-permute"]["count"] > 100, "no rings: this test is about nothing"
+    transfers = found["collectives"].get("collective-permute", {"count": 0})["count"]
+    assert (transfers > 100) == rings, "no rings: this test is about nothing" if rings else "int8 sums are in bfloat16"
+    assert (found["matmuls"]["int8"]["count"] == 4 + 1) == (not rings)
     again = 6 * 128 * 256 * found["tokens_per_step"]
     assert found["flops_per_step"] == found["model_flops_per_step"] + again
 
