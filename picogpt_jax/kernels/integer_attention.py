@@ -43,13 +43,23 @@ def attention(
         weight_bits: of an attention weight.
         interpret: compute the kernel by an interpreter, on any device (for tests).
     """
-    size = q[0].shape[3]
-    cap = (24 - (127 * 127 * size).bit_length()) >> 1
+    cap = largest_exponent(q[0].shape[3])
     # A score has 8 fraction bits, 4 of them from each side.
     q_scale, k_scale = (_power(jnp.minimum(exponent.astype(jnp.int32) + 4, cap)).mT for _, exponent in (q, k))
     v_scale = _power(v[1].astype(jnp.int32)).mT
     call = functools.partial(_call, form=form, weight_bits=weight_bits, interpret=interpret)
     return on_each_device(call, q[0], k[0], v[0], q_scale, k_scale, v_scale)
+
+
+def largest_exponent(head_size: int) -> int:
+    """Of a query or a key, with its 4 fraction bits: scores are within 2^24 then."""
+    return (24 - (127 * 127 * head_size).bit_length()) >> 1
+
+
+def exponential(d: Int[Array, "..."]) -> Int[Array, "..."]:
+    """2^-d with 12 fraction bits, of d with 8 and up to 15: a parabola and a shift."""
+    f = d & 255
+    return (4096 - ((f * (2753 - ((705 * f) >> 8))) >> 8)) >> (d >> 8)
 
 
 def _power(exponent: Array) -> Array:
@@ -146,8 +156,7 @@ def _kernel(
 
     def exponentials(step: Any) -> Array:
         d = jnp.minimum(top_z_N1 - kept(step, logarithms), 15 * 256).astype(jnp.int32)
-        f = d & 255
-        return ((4096 - ((f * (2753 - ((705 * f) >> 8))) >> 8)) >> (d >> 8)).astype(jnp.float32)
+        return exponential(d).astype(jnp.float32)
 
     def sum_and_largest(step: Any, carry: Any) -> Any:
         p_NM = exponentials(step)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 from picogpt_jax.config import Granularity
 from picogpt_jax.devices import sharding
 from picogpt_jax.kernels.int8_product import int8_dot_general
+from picogpt_jax.kernels.integer_attention import exponential, largest_exponent
 
 LIMIT = 1 << 22  # of a fixed-point value
 LARGEST = (1 << 23) - 1  # of the residual stream
@@ -246,8 +247,8 @@ def attention(
         the weighted values, and the weights before any is dropped, int16; those of a query do not add up to 1.
     """
     (q_BHTD, q_exponent), (k_BHSD, k_exponent), (v_BHSD, v_exponent) = q, k, v
-    queries, keys, size = q_BHTD.shape[2], k_BHSD.shape[2], q_BHTD.shape[3]
-    cap = (24 - (127 * 127 * size).bit_length()) >> 1
+    queries, keys = q_BHTD.shape[2], k_BHSD.shape[2]
+    cap = largest_exponent(q_BHTD.shape[3])
     # A score has 8 fraction bits, 4 of them from each side.
     e = jnp.minimum(q_exponent.astype(jnp.int32) + 4, cap) + jnp.minimum(k_exponent.astype(jnp.int32) + 4, cap).mT
     z = shift(_scores(q_BHTD, k_BHSD), -e)
@@ -255,8 +256,7 @@ def attention(
     is_seen = lax.broadcasted_iota(jnp.int32, (1, 1, queries, keys), 3) <= positions
     z = jnp.where(is_seen, z, -(1 << 25))
     d = jnp.minimum(z.max(-1, keepdims=True) - z, 15 * 256)
-    f = d & 255
-    p = jnp.where(is_seen, (4096 - ((f * (2753 - ((705 * f) >> 8))) >> 8)) >> (d >> 8), 0)
+    p = jnp.where(is_seen, exponential(d), 0)
     weights = written(p.astype(jnp.int16))
     p = weights.astype(jnp.int32)
     den = p.sum(-1, keepdims=True)

@@ -114,7 +114,7 @@ def cost_of(module: Module, devices: int) -> Cost:
     items, unknown_loops = executed(module)
     unknown_calls: Counter[str] = Counter()
     work: list[Work] = []
-    collectives: dict[tuple[str, str], Collective] = {}
+    collectives: dict[tuple[str, str, str, int], Collective] = {}
     for item in items:
         found = _collectives(module, item, devices)
         for key, collective in found.items():
@@ -259,12 +259,12 @@ def _kernel_products(instruction: Instruction, computation: Computation) -> list
 # --- collectives --------------------------------------------------------------------------------------------------
 
 
-def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str, str], Collective]:
+def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str, str, str, int], Collective]:
     """Collectives that an instruction is, or that are fused into it.
 
-    The key is the computation and the name; of one that is fused, the channel: its parts can be spread over several
-    fusions (started, fused with a product, finished), which have it in common, so that it counts once. The channel says
-    nothing of others: sums that a program asks for by name (`lax.psum`) all have the same.
+    The key is the computation and the name; of one that is fused, the channel, type and size: its parts can be spread
+    over several fusions (started, fused with a product, finished), which have these in common, so that it counts once.
+    The channel alone says little: sums that a program asks for by name (`lax.psum`) all have the same.
     """
     found = {}
     for instruction, computation in [(item.instruction, item.computation), *module.inside(item.instruction)]:
@@ -289,7 +289,8 @@ def _collectives(module: Module, item: Executed, devices: int) -> dict[tuple[str
         dtype = max(operands, key=lambda array: array.n_bytes).dtype
         name = re.search(r'op_name="([^"]*)"', item.instruction.attributes + instruction.attributes)
         source = name[1] if name else ""
-        found[item.computation.name, key] = Collective(kind, n_bytes, dtype, groups, overlapped, item.times, source)
+        place = item.computation.name, key, dtype, n_bytes
+        found[place] = Collective(kind, n_bytes, dtype, groups, overlapped, item.times, source)
     return found
 
 

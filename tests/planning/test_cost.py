@@ -106,14 +106,26 @@ def test_a_collective_spread_over_fusions_counts_once() -> None:
     assert (found.kind, found.n_bytes, found.overlapped) == ("all-gather", 64 * 8, True)
 
 
-def test_collectives_that_share_a_channel_all_count() -> None:
-    found = cost("""
-    ENTRY %main (a: f32[64,8], b: f32[100]) -> f32[64,8] {
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_collectives_that_share_a_channel_all_count(is_fused: bool) -> None:
+    called = "fusion(OPERAND), kind=kCustom, calls=%{}"
+    sums = "all-reduce(OPERAND), channel_id=1, replica_groups={{0,1}}, to_apply=%add"
+    one, other = (called.format(name) if is_fused else sums for name in ("one", "other"))
+    found = cost(f"""
+    %one (p: f32[100]) -> f32[100] {{
+      %p = f32[100] parameter(0)
+      ROOT %sum = f32[100] {sums.replace("OPERAND", "%p")}
+    }}
+    %other (p: f32[64,8]) -> f32[64,8] {{
+      %p = f32[64,8] parameter(0)
+      ROOT %sum = f32[64,8] {sums.replace("OPERAND", "%p")}
+    }}
+    ENTRY %main (a: f32[64,8], b: f32[100]) -> f32[64,8] {{
       %a = f32[64,8] parameter(0)
       %b = f32[100] parameter(1)
-      %psum.1 = f32[100] all-reduce(%b), channel_id=1, replica_groups={{0,1}}, to_apply=%add
-      ROOT %psum.2 = f32[64,8] all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add
-    }
+      %psum.1 = f32[100] {one.replace("OPERAND", "%b")}
+      ROOT %psum.2 = f32[64,8] {other.replace("OPERAND", "%a")}
+    }}
     """).collectives
     assert [collective.n_bytes for collective in found] == [4 * 100, 4 * 64 * 8]
 
